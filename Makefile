@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.klft-installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Nothing here needs a hub: the models and the data of demo and tests are made on the spot.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: VENV=$(VENV) (where the environment goes), PYTHON=$(PYTHON) (3.11 or newer), PYTEST_ARGS"
+
+# No index option is passed: pip's own configuration decides where packages come from. The constraints pin torch; without
+# that pin pip would take the newest build with gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "klft needs Python 3.11 or newer, and found none. Install it, or say PYTHON=/path/to/python."; exit 2; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("klft needs Python 3.11 or newer; $(PYTHON) is %d.%d. Say PYTHON=/path/to/a/newer/python." % v[:2])' || exit 2
+	@test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	@echo "Installing klft and the tested set of packages into $(VENV) (once; a minute or two) ..."
+	@"$(BIN)/python" -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch "$@"
+
+demo: $(STAMP)  ## train a small model with PPO under a KL penalty, on two processes; a few minutes on two cores
+	@"$(BIN)/python" recipes/demo.py
+
+test: $(STAMP)  ## run the tests (offline, no GPU, a few minutes)
+	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and pyright
+	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/pyright"
+
+bench: $(STAMP)  ## side-by-side benchmarks; ratios, never absolute times
+	@"$(BIN)/python" benchmarks/divergences.py
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf "$(VENV)" demo_out runs
