@@ -1,0 +1,55 @@
+"""klft: keep a language model close to where it came from while you train it.
+
+Token-level KL between a policy p and a frozen reference q, in both directions, as numbers, as a reward penalty, as a
+loss with the right gradient. All values in nats, one per token. Arguments come policy first.
+
+Shapes: B batch, T tokens, N = B*T flattened, V vocabulary, D hidden.
+
+`import klft` loads torch and nothing heavier; the PPO trainer and whatever needs transformers load on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
+from klft.divergences import (
+    alpha_divergence,
+    entropy,
+    forward_kl,
+    jsd,
+    renyi_divergence,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+)
+from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
+from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
+from klft.shaping import shape_rewards
+
+if TYPE_CHECKING:
+    from klft.penalty import KLPenalty
+    from klft.ppo import PPOConfig, PPOTrainer
+    from klft.reference import AdapterReference, FrozenReference
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AdapterReference": "klft.reference",
+    "FrozenReference": "klft.reference",
+    "KLPenalty": "klft.penalty",
+    "PPOConfig": "klft.ppo",
+    "PPOTrainer": "klft.ppo",
+}
+
+__all__ = [
+    "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "PIController", "PPOConfig",
+    "PPOTrainer", "ScheduledKL", "TargetKL", "alpha_divergence", "entropy", "estimate_kl", "forward_k1", "forward_k3",
+    "forward_kl", "jsd", "k1", "k2", "k3", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
+    "renyi_divergence", "reverse_kl", "shape_rewards", "skew_kl", "skew_reverse_kl", "token_logps", "top_k_kl",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'klft' has no attribute {name!r}")

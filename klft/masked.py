@@ -1,0 +1,57 @@
+"""Sums and means over the tokens that count, and the log-probability of a token that was sampled.
+
+`mask` is True where a token counts. Masked entries are replaced before they are summed, never multiplied by zero, so
+a NaN under the mask changes neither a value nor a gradient. `reduce` sums a tensor over processes (for instance
+`lambda t: accelerator.reduce(t, "sum")`); with it, every mean and variance is the one a single process would get.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def alone(t: Tensor) -> Tensor:
+    return t
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def masked_sum(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+    """Sum of x where mask holds, over all processes."""
+    return reduce(torch.where(mask, x, 0.0).sum())
+
+
+def masked_mean(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+    """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts."""
+    return masked_sum(x, mask, reduce) / reduce(mask.sum()).clamp(min=1)
+
+
+def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+    """Variance (divided by the count, not count - 1) where mask holds, over all processes. 0 for one token or none."""
+    # Two passes: a sum of squares minus a squared mean cancels in fp32.
+    return masked_mean((x - masked_mean(x, mask, reduce)).square(), mask, reduce)
+
+
+def masked_whiten(
+    x: Float[Tensor, "*B"],
+    mask: Bool[Tensor, "*B"],
+    reduce: Reduce = alone,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+) -> Float[Tensor, "*B"]:
+    """(x - mean) / sqrt(var + eps) where mask holds, 0 elsewhere. `shift_mean=False` only rescales."""
+    centre = masked_mean(x, mask, reduce) if shift_mean else 0.0
+    return torch.where(mask, (x - centre) * torch.rsqrt(masked_var(x, mask, reduce) + eps), 0.0)
+
+
+def token_logps(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """log p(labels), in nats, fp32 inside (fp64 for fp64). `logits[..., t, :]` must be what predicts `labels[..., t]`.
+
+    Labels must be real ids: replace ignored ones (-100) by any id and mask their result.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
