@@ -54,17 +54,21 @@ class RunningMoments:
     def __init__(self):
         self.count, self.mean, self.sum_squares = 0, 0.0, 0.0
 
-    def normalise(self, scores: Float[Tensor, "B"], reduce: Reduce = alone) -> Float[Tensor, "B"]:
-        """Take `scores` in, then return (scores - mean) / std. Chan's update: exact however the batches are cut."""
+    def learn(self, scores: Float[Tensor, "B"], reduce: Reduce = alone) -> None:
+        """Take `scores` of all processes in. Chan's update: exact however the batches are cut."""
         wide = scores.double()
         count, total = reduce(torch.stack([torch.ones_like(wide).sum(), wide.sum()])).tolist()
-        if count:
-            mean = total / count
-            squares = float(reduce((wide - mean).square().sum()))
-            delta, merged = mean - self.mean, self.count + count
-            self.sum_squares += squares + delta**2 * self.count * count / merged
-            self.mean += delta * count / merged
-            self.count = int(merged)
+        if not count:
+            return
+        mean = total / count
+        squares = float(reduce((wide - mean).square().sum()))
+        delta, merged = mean - self.mean, self.count + count
+        self.sum_squares += squares + delta**2 * self.count * count / merged
+        self.mean += delta * count / merged
+        self.count = int(merged)
+
+    def normalise(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """(scores - mean) / std of what was learnt; only shifted while all scores so far were equal."""
         std = math.sqrt(self.sum_squares / self.count) if self.count else 0.0
         return (scores - self.mean) / (std or 1.0)
 

@@ -1,0 +1,7 @@
+"""PPO under a KL penalty, on transformers.Trainer."""
+
+from klft.ppo.config import PPOConfig
+from klft.ppo.rewards import RewardModel
+from klft.ppo.trainer import PPOTrainer
+
+__all__ = ["PPOConfig", "PPOTrainer", "RewardModel"]

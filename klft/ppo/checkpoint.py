@@ -1,0 +1,176 @@
+"""Checkpoints that are either whole or not there.
+
+The Trainer writes into `tmp-checkpoint-N`; then every file is flushed to disk, `_COMPLETE` (a JSON of file sizes) is
+written last, and the folder is renamed to `checkpoint-N`. Resuming takes the newest complete one, and says what it
+skipped. klft's own state is JSON and safetensors; no pickle.
+"""
+
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from klft.ppo.guards import on_all_ranks
+
+logger = logging.get_logger(__name__)
+
+MARKER = "_COMPLETE"
+STATE_FILE = "klft_state.json"
+VALUE_FILE = "value_function.safetensors"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(folder: Path, final: Path) -> None:
+    """Flush everything under `folder`, write the marker, rename to `final`."""
+    sizes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    with (folder / MARKER).open("w") as file:
+        json.dump({"files": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    replaced = final.with_name(f"tmp-replaced-{final.name}")
+    if final.exists():  # a run that went back and came by here again
+        os.rename(final, replaced)
+    os.rename(folder, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for parent in (final, final.parent):
+        descriptor = os.open(parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """None for a complete checkpoint, else what is missing or cut short, by name."""
+    try:
+        sizes = json.loads((folder / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder} has no readable {MARKER}: it was never finished"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders named checkpoint-N, newest first, complete or not."""
+    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint; what had to be skipped is logged by name."""
+    for folder in checkpoints(output_dir):
+        problem = what_is_wrong(folder)
+        if problem is None:
+            return folder
+        logger.warning(f"skipping an incomplete checkpoint: {problem}")
+    return None
+
+
+def way_back(output_dir: Path) -> str:
+    """Where a stopped run can be taken up again."""
+    good = newest_complete(output_dir)
+    return f"The last good checkpoint is {good}." if good else "There is no checkpoint to go back to."
+
+
+def write_state(folder: Path, state: dict) -> None:
+    """klft's state beside the Trainer's: plain numbers and names."""
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False))
+
+
+def read_state(folder: Path) -> dict:
+    """Read it back. Raises ValueError that names the file if it is not there or not JSON."""
+    path = folder / STATE_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume from {folder}: {path} is unreadable ({error})") from error
+
+
+def differences(saved: dict, current: dict) -> list[str]:
+    """What changed between two flat dictionaries, as `name: saved -> current`."""
+    return [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in current.items() if saved.get(k) != v]
+
+
+def choose(output_dir: Path, wanted: str | bool | None) -> Path | None:
+    """The checkpoint to resume from: the folder named, or for True the newest complete one.
+
+    Raises ValueError if the named one is damaged (the file is named), or for True if there is none.
+    """
+    if not wanted:
+        return None
+    if isinstance(wanted, str):
+        problem = what_is_wrong(Path(wanted))
+        if problem:
+            raise ValueError(f"cannot resume: {problem}")
+        return Path(wanted)
+    found = newest_complete(output_dir)
+    if found is None:
+        raise ValueError(f"cannot resume: there is no complete checkpoint in {output_dir}")
+    logger.info(f"resuming from {found}")
+    return found
+
+
+@contextmanager
+def locked(output_dir: Path, accelerator: Accelerator):
+    """Hold output_dir for one run; a second one is refused on all its ranks. The system frees it if this one dies."""
+    lock = FileLock(output_dir / ".klft.lock")
+
+    def take() -> None:
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RuntimeError(
+                    f"another run is writing to {output_dir}; wait for it, or choose another output_dir"
+                ) from error
+
+    on_all_ranks(accelerator, take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def writing(trainer: Any, final: Path):
+    """The Trainer's own saving, pointed at a temporary folder inside; sealed, rotated and pushed on the way out."""
+    args, accelerator = trainer.args, trainer.accelerator
+    output_dir, push = args.output_dir, args.push_to_hub
+    unfinished = final.with_name(f"tmp-{final.name}")
+    if args.should_save:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    args.output_dir, args.push_to_hub = str(unfinished), False  # a push would upload what is not finished yet
+    try:
+        yield unfinished / final.name
+    finally:
+        args.output_dir, args.push_to_hub = output_dir, push
+    accelerator.wait_for_everyone()
+    if args.should_save:
+        state = trainer.state
+        best = final.with_name(f"checkpoint-{state.best_global_step}") if state.best_global_step else None
+        if best is not None and (best == final or best.exists()):
+            state.best_model_checkpoint = str(best)
+            state.save_to_json(str(unfinished / final.name / "trainer_state.json"))
+        seal(unfinished / final.name, final)
+        shutil.rmtree(unfinished)
+        rotate_checkpoints(output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+    accelerator.wait_for_everyone()
+    if push:
+        trainer.push_to_hub(commit_message=f"Training in progress, step {trainer.state.global_step}", blocking=False)

@@ -1,0 +1,56 @@
+"""The table of completions: on the terminal, and as Parquet beside the run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def plain(text: Any) -> Text:
+    """Text as it is: no markup is read in it, and control characters (ESC, NUL ...) show as visible glyphs."""
+    shown = "".join(_visible(c) for c in str(text))
+    return Text(shown)
+
+
+def _visible(c: str) -> str:
+    code = ord(c)
+    if code < 32:
+        return chr(0x2400 + code)
+    if (
+        code == 127
+        or 0x80 <= code < 0xA0
+        or 0xD800 <= code < 0xE000
+        or 0x202A <= code <= 0x202E
+        or 0x2066 <= code <= 0x2069
+    ):
+        return f"\\u{code:04x}"
+    return c
+
+
+def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, how_many: int) -> None:
+    """Print the first `how_many` rows, and write all of them to output_dir/completions."""
+    if not rows:
+        return
+    table = Table(title=f"completions at step {step}, showing {min(how_many, len(rows))} of {len(rows)}", expand=True)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold", ratio=3 if name in ("prompt", "completion") else None)
+    for row in rows[:how_many]:
+        table.add_row(*(plain(f"{v:.3f}" if isinstance(v, float) else v) for v in row.values()), end_section=True)
+    Console().print(table)
+    folder = output_dir / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"completions_{step:05d}.parquet.tmp"
+    # Lone surrogates (half an emoji) cannot be encoded; they are kept as escapes rather than lost.
+    encodable = [
+        {
+            k: v if isinstance(v, float | int) else str(v).encode("utf-8", "backslashreplace").decode()
+            for k, v in row.items()
+        }
+        for row in rows
+    ]
+    pd.DataFrame(encodable).assign(step=step).to_parquet(unfinished)
+    os.replace(unfinished, unfinished.with_suffix(""))

@@ -1,0 +1,54 @@
+"""What stops a run before it does harm, on every process at once and with one message."""
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Run `work` here; if it raised on any rank, raise on every rank, so that none waits in a collective for ever."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    report = None if error is None else "".join(traceback.format_exception(error))
+    failed = [(rank, text) for rank, text in enumerate(gather_object([report])) if text]
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"rank {failed[0][0]} failed:\n{failed[0][1]}")
+    return result
+
+
+def check_finite(logp: Tensor, mask: Tensor, rank: int) -> None:
+    """Raise ValueError if the policy gave a token it sampled no finite log-probability."""
+    bad = (mask & ~logp.isfinite()).nonzero().tolist()
+    if bad:
+        raise ValueError(
+            f"the policy's logits are not finite on rank {rank}, sample {bad[0][0]}, completion position {bad[0][1]} "
+            f"({len(bad)} token(s) in all). Try another precision (bf16 or fp32) or a lower learning rate."
+        )
+
+
+class StopOnNonFiniteGradient(TrainerCallback):
+    """Raises after clipping and before the optimizer step; gradients are the same on every rank, so all stop alike."""
+
+    def __init__(self, trainer: Any, way_back: Callable[[], str]):
+        self.trainer, self.way_back = trainer, way_back
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.accelerator.scaler is not None:
+            return  # fp16: the scaler itself skips such a step and lowers its scale
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not bool(norm.isfinite()):
+            raise RuntimeError(f"the gradient is not finite at step {state.global_step}. {self.way_back()}")

@@ -1,0 +1,132 @@
+"""Reward functions: callables with TRL GRPO's signature, and sequence-classification models with their own tokenizer.
+
+    f(prompts, completions, completion_ids, trainer_state=..., log_metric=..., log_extra=..., **columns) -> list
+
+One number per completion, or None where the function does not apply. A wrong length, a non-number, NaN or infinity is
+an error that names the function, the index and the prompt.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from klft.reference import evaluating
+
+
+class RewardModel:
+    """A sequence-classification model as a reward function over text.
+
+    With one output the reward is its raw logit; with several it is the probability of `label` (a name in id2label or
+    an index), between 0 and 1. Completions are decoded by the policy's tokenizer and read by this model's own.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        label: str | int | None = None,
+        batch_size: int = 64,
+        **model_init_kwargs: Any,
+    ):
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model, **model_init_kwargs)
+        assert isinstance(model, PreTrainedModel)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.batch_size = batch_size
+        self.label = self._label_index(label)
+        self.__name__ = str(model.config._name_or_path).rstrip("/").split("/")[-1] or type(model).__name__
+
+    def _label_index(self, label: str | int | None) -> int | None:
+        names = {str(name): int(index) for index, name in (self.model.config.id2label or {}).items()}
+        outputs = int(self.model.config.num_labels or 1)
+        if outputs == 1 and label is None:
+            return None
+        index = names.get(label) if isinstance(label, str) else label
+        if index is None or not 0 <= index < outputs:
+            raise ValueError(
+                f"a reward model with {outputs} labels needs `label`: the one whose probability is the reward, out of "
+                f"{', '.join(names)}; got {label!r}"
+            )
+        return index
+
+    def __call__(self, prompts: list, completions: list, **_: Any) -> list[float]:
+        texts = [_whole_text(p, c, self.tokenizer) for p, c in zip(prompts, completions, strict=True)]
+        rewards: list[float] = []
+        with evaluating(self.model):
+            for start in range(0, len(texts), self.batch_size):
+                batch = self.tokenizer(
+                    texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
+                ).to(self.model.device)
+                logits = self.model(**batch).logits.float()
+                rewards += (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
+        return rewards
+
+
+def _whole_text(prompt: Any, completion: Any, tokenizer: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt + completion
+    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def as_reward_functions(reward_funcs: Any) -> list[Callable]:
+    """One or several callables, model ids or sequence-classification models -> callables, each with a `__name__`."""
+    listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    if not listed:
+        raise ValueError("reward_funcs is empty: PPO needs at least one reward function")
+    made = [RewardModel(f) if isinstance(f, (str, PreTrainedModel)) else f for f in listed]
+    for f in made:
+        if not callable(f):
+            raise TypeError(f"reward_funcs: expected a callable, a model id or a model, got {type(f).__name__}")
+    return made
+
+
+def reward_name(f: Any) -> str:
+    """The name a reward function is logged under."""
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def call_reward_functions(
+    functions: Sequence[Callable], prompts: list, completions: list, completion_ids: list, columns: dict, **extra: Any
+) -> Tensor:
+    """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number."""
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns, **extra}
+    results = [f(**given) for f in functions]
+    waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
+    if waiting:
+
+        async def wait_for_all():
+            return await asyncio.gather(*waiting.values())
+
+        for i, r in zip(waiting, asyncio.run(wait_for_all()), strict=True):
+            results[i] = r
+    columns_of_scores = [_checked(reward_name(f), r, prompts) for f, r in zip(functions, results, strict=True)]
+    return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
+
+
+def _checked(name: str, returned: Any, prompts: list) -> list[float]:
+    if isinstance(returned, Tensor):
+        returned = returned.detach().float().cpu().tolist()
+    if not isinstance(returned, Sequence) or isinstance(returned, str) or len(returned) != len(prompts):
+        size = f"{len(returned)} values" if hasattr(returned, "__len__") else f"a {type(returned).__name__}"
+        raise ValueError(f"reward function {name!r} must return one number per completion: {len(prompts)}, got {size}")
+    scores = []
+    for index, value in enumerate(returned):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.inf
+        if isinstance(value, str) or (value is not None and not math.isfinite(number)):
+            raise ValueError(
+                f"reward function {name!r} returned {value!r} for completion {index}, prompt {prompts[index]!r:.80}; "
+                "expected a finite number, or None where it does not apply"
+            )
+        scores.append(number)
+    return scores

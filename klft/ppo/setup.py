@@ -1,0 +1,116 @@
+"""What PPOTrainer is handed, made into what it trains with: model, tokenizer, reference, datasets, prompts' order."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from klft.ppo import value as value_function
+from klft.reference import AdapterReference, FrozenReference, check_vocabularies, require_causal_lm
+
+logger = logging.get_logger(__name__)
+
+
+def load_policy(model: Any) -> nn.Module:
+    """A model id or path -> a causal LM; a model is checked and passed through."""
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model)
+    require_causal_lm(model, "model")
+    return model
+
+
+def load_tokenizer(processing_class: Any, model: Any) -> Any:
+    """The tokenizer given, or the model's own. Without a pad token EOS pads: masks come from lengths, never from it."""
+    tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so no completion could ever end; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        logger.info(f"the tokenizer has no pad token; padding with its EOS token {tokenizer.eos_token!r}")
+    return tokenizer
+
+
+def make_reference(reference: Any, model: Any, has_adapter: bool) -> FrozenReference | AdapterReference | None:
+    """The reference given (a model is frozen), or a frozen copy of the policy as it is now.
+
+    None means "the policy with its adapter off", which can only be made once the adapter is there.
+    """
+    if reference is None:
+        return None if has_adapter else FrozenReference(copy.deepcopy(model))
+    return FrozenReference(reference) if isinstance(reference, PreTrainedModel) else reference
+
+
+def attach(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
+    """Give the policy its value function and, with `peft_config`, its adapter."""
+    if value_model is None:
+        value_function.attach_value_head(model)
+        if peft_config is not None:
+            # PEFT freezes what it does not own; listed here the head is trained, and saved with the adapter.
+            peft_config = copy.copy(peft_config)
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), "v_head"})
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    if value_model is not None:
+        value_function.attach_value_model(model, value_model)
+    value_function.install_hooks(model)
+    return model
+
+
+def check_reference(reference: Any, model: Any, tokenizer: Any) -> None:
+    """Refuse a reference that would move with the policy, or speaks about another vocabulary."""
+    reference.check_apart_from(model)
+    check_vocabularies(model, reference.model, tokenizer)
+
+
+def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
+    """Check for a `prompt` column and enough rows; drop empty prompts and say how many.
+
+    Raises TypeError for a streaming dataset, ValueError for a missing column or too few rows.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name}: expected a datasets.Dataset with a length, got {type(dataset).__name__}")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} needs a column 'prompt' (text or messages); it has {dataset.column_names}")
+    filled = [i for i, prompt in enumerate(dataset["prompt"]) if prompt]
+    if len(filled) < len(dataset):
+        logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
+        dataset = dataset.select(filled)
+    if len(dataset) < at_least:
+        raise ValueError(
+            f"{name} has {len(dataset)} prompt(s), and one rollout takes {at_least} = per_device_train_batch_size * "
+            "gradient_accumulation_steps * num_mini_batches * processes. Make one of those smaller."
+        )
+    return dataset
+
+
+class RolloutSampler(Sampler):
+    """Indices as the dataloader must yield them: each rollout's prompts, once for every micro-batch made of it.
+
+    The Trainer counts one dataloader batch per micro-batch; the repeats are what a rollout is used for. The order
+    depends on seed and epoch alone, so every process and every resumed run draws the same.
+    """
+
+    def __init__(self, size: int, per_rollout: int, repeats: int, seed: int, shuffle: bool):
+        self.size, self.per_rollout, self.repeats, self.seed, self.shuffle = size, per_rollout, repeats, seed, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.per_rollout * self.per_rollout * self.repeats
+
+    def __iter__(self):
+        order = range(self.size)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size - self.per_rollout + 1, self.per_rollout):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.per_rollout]

@@ -1,0 +1,508 @@
+"""PPOTrainer: rollouts, rewards, the PPO loss and its KL penalty, on the frame of transformers.Trainer.
+
+The dataloader yields prompts; `training_step` makes a rollout when the last one is used up and otherwise takes the next
+micro-batch from it, so one optimizer step of the Trainer is one PPO minibatch: clipping, schedule, logging, saving,
+resuming and evaluation are the Trainer's. Absent on purpose: a loop of our own, a wrapper around the model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, set_seed
+
+from klft.masked import masked_sum, masked_var, masked_whiten, token_logps
+from klft.penalty import KLPenalty, TokenKL, TokenScores, score_logits
+from klft.ppo import checkpoint as ckpt
+from klft.ppo import value as value_function
+from klft.ppo.completions import show_completions
+from klft.ppo.config import PPOConfig
+from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
+from klft.ppo.losses import gae, policy_losses, value_losses
+from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, rollout_metrics
+from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name
+from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, tokenize_prompts
+from klft.ppo.setup import (
+    RolloutSampler,
+    attach,
+    check_reference,
+    load_policy,
+    load_tokenizer,
+    make_reference,
+    prompts_of,
+)
+from klft.reference import AdapterReference, vocab_size
+from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
+
+
+def _as_list(rows: list) -> Any:
+    return rows
+
+
+class PPOTrainer(Trainer):
+    """Train a causal LM by PPO on reward minus a KL penalty against a frozen reference.
+
+    Args:
+        model: a causal LM, a PEFT model, or a model id.
+        reward_funcs: one or several of: a callable (TRL GRPO's signature), a sequence-classification model or its id.
+        train_dataset: a `datasets.Dataset` with a `prompt` column, text or messages; the other columns go to the
+            reward functions.
+        reference: a model or a klft reference. Default: the adapter switched off (PEFT), else a frozen copy.
+        value_model: a causal sequence-classification model with one output. Default: a linear head on the policy.
+
+    Raises ValueError / TypeError for inputs that cannot work, before anything is trained.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reference: Any = None,
+        value_model: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = args or PPOConfig(output_dir="ppo_output")
+        model = load_policy(model)
+        tokenizer = load_tokenizer(processing_class, model)
+        self.reward_funcs = as_reward_functions(reward_funcs)
+        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(f"{len(self.reward_funcs)} reward function(s) but reward_weights={weights}")
+        if train_dataset is not None:
+            train_dataset = prompts_of(train_dataset, "train_dataset", args.episodes_per_rollout)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prompts_of(d, f"eval_dataset[{name!r}]", 1) for name, d in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prompts_of(eval_dataset, "eval_dataset", 1)
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        reference = make_reference(reference, model, has_adapter)
+        if reference is not None:
+            check_reference(reference, model, tokenizer)
+        elif hasattr(model, "peft_config"):
+            check_reference(AdapterReference(model), model, tokenizer)
+        model = attach(model, value_model, peft_config)
+        reference = reference or AdapterReference(model)
+        if args.disable_dropout:
+            value_function.disable_dropout(model)
+        self.penalty = KLPenalty(
+            reference,
+            direction=args.kl_direction,
+            estimator=args.kl_estimator,
+            placement=args.kl_placement,
+            controller=args.controller(),
+        )
+        self.scorer = Scorer(reference, args.temperature, min(vocab_size(model), vocab_size(reference.model)))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_as_list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.args: PPOConfig
+        self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.way_back(self._output_dir)))
+        if hasattr(model, "warnings_issued"):
+            model.warnings_issued["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
+        reference.model.to(self.args.device)
+        for f in self.reward_funcs:
+            if isinstance(getattr(f, "model", None), nn.Module):
+                f.model.to(self.args.device)
+        self._weights = torch.tensor(weights, dtype=torch.float32)
+        self._moments = RunningMoments()
+        # The adapter's own file holds the value function only if PEFT was told so when it was made.
+        self._value_apart = has_adapter and (peft_config is None or value_model is not None)
+        self._reset_cycle()
+        self.episodes = 0
+        self._train_tables: list[Table] = []
+        self._eval_tables: list[Table] = []
+        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)
+        self._early_stops = 0.0
+        self._extra: dict[str, list[float]] = {}
+        self._completions: list[dict] = []
+
+    # ---- the generation cycle --------------------------------------------------------------------------------
+
+    def _reset_cycle(self) -> None:
+        self._rollout: Rollout | None = None
+        self._position = 0  # micro-batches taken from the rollout
+        self._facts: dict[str, Any] = {}  # coefficient, scale, token counts, KL of the rollout: plain numbers
+
+    @property
+    def _micro_batches(self) -> int:
+        return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
+
+    def _reduce(self, t: Tensor) -> Tensor:
+        reduced = self.accelerator.reduce(t, "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch. Makes the next rollout first if the last one is used up."""
+        if self._rollout is None:
+            self._rollout = self._make_rollout(model, inputs)
+        micro, window = self._micro_batch(self._rollout)
+        self._position += 1
+        if self._facts["stopped"]:
+            loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
+        else:
+            loss = super().training_step(model, {"rollout": micro, "tokens": self._facts["tokens"][window]})  # pyright: ignore
+        if self._position % self.args.gradient_accumulation_steps == 0:
+            self._end_of_minibatch()
+        if self._position == self._micro_batches:
+            self.penalty.controller.update(*self._facts["observed"])
+            self._reset_cycle()
+        return loss
+
+    def _order(self, epoch: int, device: torch.device | str) -> Tensor:
+        """The rollout's rows as PPO epoch `epoch` takes them; drawn from the seed, so a resumed run draws the same."""
+        seed = self.args.seed + 7919 * (self.episodes * self.args.num_ppo_epochs + epoch)
+        generator = torch.Generator().manual_seed(seed + 104729 * self._data_rank)
+        return torch.randperm(self.args.rollout_batch_size, generator=generator).to(device)
+
+    @property
+    def _policy(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir or ".")
+
+    @property
+    def _data_rank(self) -> int:
+        # Processes that share one sample (tensor parallel) must draw the same random numbers.
+        return self.args.process_index // self.get_tp_size()
+
+    def _micro_batch(self, rollout: Rollout) -> tuple[Rollout, int]:
+        """The next micro-batch, and which minibatch (accumulation window) of the rollout it belongs to."""
+        accumulation = self.args.gradient_accumulation_steps
+        window = self._position // accumulation
+        epoch, in_epoch = divmod(self._position, accumulation * self.args.num_mini_batches)
+        size = self.args.per_device_train_batch_size
+        rows = self._order(epoch, rollout.mask.device)[in_epoch * size : (in_epoch + 1) * size]
+        return rollout.rows(rows), window
+
+    def _tokens_per_window(self, mask: Tensor) -> list[float]:
+        """Tokens in each minibatch of the cycle over all processes: what the losses are divided by."""
+        lengths = mask.sum(-1).float()
+        per_epoch = [lengths[self._order(e, mask.device)] for e in range(self.args.num_ppo_epochs)]
+        counts = torch.stack(per_epoch).view(self.args.steps_per_rollout, -1).sum(-1)
+        return self._reduce(counts).tolist()
+
+    # ---- rollout -----------------------------------------------------------------------------------------------
+
+    def _generate(self, rows: list[dict]) -> tuple[Batch, Tensor, list]:
+        """(tokens, terminated, completions as the reward functions see them)."""
+        tokenizer: Any = self.processing_class
+        ends, pad_id = eos_ids(self.model, tokenizer), pad_id_of(tokenizer)
+        prompts = [row["prompt"] for row in rows]
+        ids, mask = tokenize_prompts(tokenizer, prompts, self.args.max_prompt_length, pad_id)
+        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
+        config = self.args.generation_config(ends, pad_id)
+        device = self.args.device
+        batch, terminated = generate(unwrapped, ids.to(device), mask.to(device), ends, pad_id, config)
+        return batch, terminated, spoken(tokenizer, prompts, batch)
+
+    def _scores_by_function(self, rows: list[dict], batch: Batch, completions: list) -> Tensor:
+        """Raw scores [B, K] of the reward functions; an error on one rank ends all ranks with it."""
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        ids = [row[m].tolist() for row, m in zip(batch.completion_ids, batch.mask, strict=True)]
+        self._table_extra: dict[str, list] = {}
+        extra: dict[str, list[float]] = {}
+
+        def work() -> Tensor:
+            return call_reward_functions(
+                self.reward_funcs,
+                [row["prompt"] for row in rows],
+                completions,
+                ids,
+                columns,
+                trainer_state=self.state,
+                log_metric=lambda name, value: extra.setdefault(name, []).append(float(value)),
+                log_extra=lambda name, values: self._table_extra.update({name: list(values)}),
+            )
+
+        scores = on_all_ranks(self.accelerator, work)
+        for logged in gather_object([extra]):
+            for name, values in logged.items():
+                self._extra.setdefault(name, []).extend(values)
+        return scores.to(self.args.device)
+
+    def _rollout_of(
+        self, model: nn.Module, rows: list[dict], *, learn: bool, keep: slice = slice(None)
+    ) -> tuple[Rollout, Table, dict]:
+        """Generate, score, shape; what training and evaluation share. (rollout before whitening, table, facts)."""
+        args = self.args
+        batch, terminated, completions = self._generate(rows)
+        unwrapped = self.accelerator.unwrap_model(model)
+        scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
+        mask = batch.mask
+        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, mask, args.process_index))
+        by_function = self._scores_by_function(rows, batch, completions)
+        totals = weigh_scores(by_function, self._weights.to(by_function))
+        if args.normalize_scores:
+            if learn:
+                self._moments.learn(totals, self._reduce)
+            totals = self._moments.normalise(totals)
+        totals = finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
+        kl = TokenKL(scores, mask)
+        penalty = on_all_ranks(self.accelerator, lambda: self.penalty.reward_kl(kl))
+        rewards = shape_rewards(totals, penalty, mask, coef=self.penalty.coef)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, self._reduce, shift_mean=False)
+        values = torch.where(mask, values, 0.0)
+        last = torch.where(terminated, 0.0, last) if args.bootstrap_truncated else torch.zeros_like(last)
+        advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last)
+        exact = scores.reverse_kl if args.kl_direction == "reverse" else scores.forward_kl
+        assert exact is not None
+        sequence_kl = torch.where(mask, exact, 0.0).sum(-1)
+        table = gather_table(
+            self.accelerator, scores, mask,
+            {"value": values, "return": advantages + values, "reward": rewards},
+            sequence_kl, totals, terminated, by_function, keep,
+        )  # fmt: skip
+        finite = table.sequences[:, 3].isfinite()
+        facts = {
+            "coef": self.penalty.coef,
+            "observed": [table.sequences[finite, 3].mean().item() if finite.any() else 0.0, int(finite.sum())],
+        }
+        if args.log_completions:
+            self._keep_completions(rows, completions, totals, sequence_kl)
+        old = torch.where(mask, scores.logp, 0.0), torch.where(mask, scores.ref_logp, 0.0)  # pyright: ignore
+        tensors = {f: getattr(batch, f) for f in ("prompt_ids", "prompt_mask", "completion_ids", "mask")}
+        return Rollout(**tensors, old_logp=old[0], ref_logp=old[1], values=values, advantages=advantages,
+                       returns=advantages + values), table, facts  # fmt: skip
+
+    def _make_rollout(self, model: nn.Module, rows: list[dict]) -> Rollout:
+        rollout, table, facts = self._rollout_of(model, rows, learn=True)
+        variance = masked_var(rollout.advantages, rollout.mask, self._reduce)
+        rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._reduce)
+        self._facts = facts | {
+            # Whitening divides the reward's gradient by this; a KL in the loss must be divided alike, or `coef` would
+            # mean something else there than in the reward.
+            "scale": torch.rsqrt(variance + 1e-8).item(),
+            "tokens": self._tokens_per_window(rollout.mask),
+            "stopped": False,
+        }
+        self._coef = facts["coef"]
+        self._train_tables.append(table)
+        self.episodes += len(table.sequences)
+        self._position = 0
+        return rollout
+
+    def _keep_completions(self, rows: list[dict], completions: list, totals: Tensor, sequence_kl: Tensor) -> None:
+        mine = [
+            {"prompt": row["prompt"], "completion": said, "score": float(score), "sequence_kl": float(kl)}
+            | {name: values[i] for name, values in self._table_extra.items()}
+            for i, (row, said, score, kl) in enumerate(zip(rows, completions, totals, sequence_kl, strict=True))
+        ]
+        self._completions = gather_object(mine)
+
+    # ---- loss --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Policy + value + KL loss of one micro-batch, divided by its whole minibatch's tokens on all processes."""
+        micro: Rollout = inputs["rollout"]
+        mask, args = micro.mask, self.args
+        logits, values, _ = self.scorer.forward(model, self.accelerator.unwrap_model(model), micro)
+        logp = token_logps(logits, micro.completion_ids)
+        log_ratio = torch.where(mask, logp - micro.old_logp, 0.0)
+        policy, ratio_clipped = policy_losses(log_ratio, micro.advantages, args.cliprange, args.dual_clip)
+        value, value_clipped = value_losses(values, micro.values, micro.returns, args.cliprange_value)
+        losses = policy + args.vf_coef * value
+        if self.penalty.placement != "reward":
+            losses = losses + self._facts["scale"] * self._kl_losses(logits, logp, micro)
+        # Processes' gradients are averaged, so each contributes its sum times their number.
+        processes = args.world_size // self.get_tp_size()
+        loss = masked_sum(losses, mask) * processes / max(inputs["tokens"], 1.0)
+        with torch.no_grad():
+            ratio = log_ratio.exp()
+            per_token = (policy, value, ratio - 1 - log_ratio, ratio, ratio_clipped.float(), value_clipped.float())
+            sums = [float(masked_sum(t, mask)) for t in per_token] + [float(mask.sum())]
+            for name, total in zip(LOSS_SUMS, [*sums, float(not bool(loss.isfinite()))], strict=True):
+                self._facts.setdefault("sums", dict.fromkeys(LOSS_SUMS, 0.0))[name] += total
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _kl_losses(self, logits: Tensor, logp: Tensor, micro: Rollout) -> Tensor:
+        if self.penalty.estimator == "exact":
+            scores = score_logits(logits, self.scorer.reference_logits(micro), micro.completion_ids)
+        else:
+            scores = TokenScores(logp=logp, ref_logp=micro.ref_logp)
+        return self.penalty.losses(TokenKL(scores, micro.mask, behaviour_logp=micro.old_logp))
+
+    def _end_of_minibatch(self) -> None:
+        """Put the processes' sums together; stop on a non-finite loss; decide, on all ranks alike, on target_kl."""
+        mine = self._facts.pop("sums", None)
+        if mine is None:
+            return
+        everyone = self.accelerator.gather(torch.tensor([list(mine.values())], device=self.args.device))
+        assert isinstance(everyone, Tensor)
+        broken = everyone[:, -1].nonzero().flatten().tolist()
+        if broken:
+            where = f"on rank(s) {broken} at step {self.state.global_step}"
+            raise RuntimeError(f"the loss is not finite {where}. {ckpt.way_back(self._output_dir)}")
+        sums = dict(zip(LOSS_SUMS, everyone.double().sum(0).tolist(), strict=True))
+        for name, total in sums.items():
+            self._loss_sums[name] += total
+        if self.args.target_kl is not None and sums["tokens"]:
+            self._facts["stopped"] = sums["approx_kl"] / sums["tokens"] > self.args.target_kl
+            self._early_stops += float(self._facts["stopped"])
+
+    # ---- evaluation, metrics ---------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """One evaluation batch, with random numbers of its own: training draws the same with and without it."""
+        gradient_state = self.accelerator.gradient_state
+        keep = len(inputs)
+        if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
+            keep = min(max(gradient_state.remainder - self.args.process_index * len(inputs), 0), len(inputs))
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(self._eval_tables)) + self._data_rank)
+            with torch.no_grad():
+                _, table, _ = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
+        self._eval_tables.append(table)
+        return None, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add klft's metrics to what the Trainer logs. In place: `evaluate` returns the same dictionary."""
+        timing = next((key for key in logs if key.endswith("_runtime")), "")
+        prefix = timing.removesuffix("_runtime")
+        names = [reward_name(f) for f in self.reward_funcs]
+        if "loss" in logs:
+            logs.update(self._train_metrics(names))
+        elif prefix and prefix != "train" and self._eval_tables:
+            metrics = rollout_metrics(Table.join(self._eval_tables), names)
+            logs.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+            self._eval_tables = []
+        super().log(logs, start_time)
+        if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
+            show_completions(
+                self._completions,
+                self.state.global_step,
+                self._output_dir,
+                self.args.num_completions_to_print,
+            )
+
+    def _train_metrics(self, names: list[str]) -> dict[str, float]:
+        metrics = loss_metrics(self._loss_sums)
+        if self._train_tables:
+            metrics |= rollout_metrics(Table.join(self._train_tables), names)
+            metrics["ppo/early_stop"] = self._early_stops / len(self._train_tables)
+            metrics["kl/coef"] = self._coef
+        metrics |= {name: sum(values) / len(values) for name, values in self._extra.items()}
+        metrics["episode"] = self.episodes
+        self._train_tables, self._extra, self._early_stops = [], {}, 0.0
+        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)
+        return metrics
+
+    # ---- the Trainer's frame ---------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:  # every column may be wanted by a reward function
+            self._signature_columns = list(self.train_dataset.column_names)  # pyright: ignore
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Prompts, as many per batch as a process needs for one rollout, repeated for every micro-batch made of it."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        sampler = RolloutSampler(
+            size=len(self.train_dataset),  # pyright: ignore
+            per_rollout=self.args.episodes_per_rollout,
+            repeats=self._micro_batches,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            shuffle=self.args.train_sampling_strategy != "sequential",
+        )
+        loader = DataLoader(
+            self.train_dataset,  # pyright: ignore
+            batch_size=self.args.rollout_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir."""
+        output_dir = self._output_dir
+        with ckpt.locked(output_dir, self.accelerator):
+            folder = ckpt.choose(output_dir, resume_from_checkpoint)
+            set_seed(self.args.seed + self._data_rank)
+            if folder is not None:
+                self._load_state(folder)
+            else:
+                self._reset_cycle()
+            return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that continues it."""
+        names = [
+            "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches",
+            "num_ppo_epochs", "seed", "kl_coef", "kl_estimator", "kl_direction", "kl_placement", "kl_controller",
+            "kl_target", "temperature", "max_completion_length",
+        ]  # fmt: skip
+        facts = {name: getattr(self.args, name) for name in names}
+        return facts | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy as from_pretrained loads it; the value function rides along, or lies beside it as safetensors."""
+        super().save_model(output_dir, _internal_call)
+        if self._value_apart and self.args.should_save:
+            tensors = value_function.value_parameters(self._policy)
+            save_file(tensors, Path(output_dir or self._output_dir) / ckpt.VALUE_FILE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = self._output_dir / f"checkpoint-{self.state.global_step}"
+        with ckpt.writing(self, final) as folder:
+            super()._save_checkpoint(model, trial)
+            if self._rollout is not None:
+                rank = self.args.process_index
+                save_file(self._rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
+            if self.args.should_save:
+                state = {
+                    "run": self._run_facts(),
+                    "controller": self.penalty.state_dict(),
+                    "moments": self._moments.state_dict(),
+                    "episodes": self.episodes,
+                    "position": self._position,
+                    "facts": self._facts,
+                }
+                ckpt.write_state(folder, state)
+
+    def _load_state(self, folder: Path) -> None:
+        state = ckpt.read_state(folder)
+        changed = ckpt.differences(state["run"], self._run_facts())
+        if changed:
+            raise ValueError(
+                f"{folder} was written by another run: {'; '.join(changed)}. Put these back to resume, or start anew "
+                "in another output_dir."
+            )
+        self.penalty.load_state_dict(state["controller"])
+        self._moments.load_state_dict(state["moments"])
+        self.episodes, self._position, self._facts = state["episodes"], state["position"], state["facts"]
+        self._rollout = None
+        if self._position:
+            tensors = load_file(folder / f"klft_rollout_{self.args.process_index}.safetensors")
+            self._rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
+        if (folder / ckpt.VALUE_FILE).exists():
+            value_function.load_value_parameters(self._policy, load_file(folder / ckpt.VALUE_FILE))
