@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 
-def _positive(name: str, **values: float) -> None:
+def _positive(name: str, **values: float | int) -> None:
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{name}: {key} must be a finite number above 0, got {value!r}")

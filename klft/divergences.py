@@ -57,12 +57,28 @@ def _one(total: Tensor, *_params: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` and `dfinish` in the sum."""
+    """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` and `dfinish` in the sum.
+
+    A row that one sum cannot carry in floating point brings its own `total` and `gradient`.
+    """
 
     term: Callable[..., Tensor]
     dterm: Callable[..., Tensor]
     finish: Callable[..., Tensor] = _same
     dfinish: Callable[..., Tensor] = _one
+    total: Callable[..., Tensor] | None = None
+    gradient: Callable[..., Tensor] | None = None
+
+    def totals(self, lp: Tensor, lq: Tensor, *params: float) -> Tensor:
+        """What `finish` reads: the sum of the terms over the vocabulary."""
+        return self.total(lp, lq, *params) if self.total else self.term(lp, lq, *params).sum(-1)
+
+    def logit_gradient(self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float) -> Tensor:
+        """d value / d logits: finish'(S) * (dterm_v - p_v * G)."""
+        if self.gradient:
+            return self.gradient(lp, lq, totals, *params)
+        d = self.dterm(lp, lq, *params)
+        return self.dfinish(totals, *params)[..., None] * (d - lp.exp() * d.sum(-1, keepdim=True))
 
 
 def _jsd_term(lp: Tensor, lq: Tensor, b: float) -> Tensor:
@@ -86,10 +102,14 @@ def _skew_reverse_dterm(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     return _times(lp.exp(), -y - a * torch.expm1(-y))
 
 
-def _power(lp: Tensor, lq: Tensor, a: float) -> Tensor:
-    """p^a q^(1-a); 0 where both are 0."""
+def _log_power(lp: Tensor, lq: Tensor, a: float) -> Tensor:
+    """log(p^a q^(1-a)); -inf where both are 0."""
     dead = (lp == -torch.inf) & (lq == -torch.inf)
-    return (a * lp + (1 - a) * lq).masked_fill(dead, -torch.inf).exp()
+    return (a * lp + (1 - a) * lq).masked_fill(dead, -torch.inf)
+
+
+def _power(lp: Tensor, lq: Tensor, a: float) -> Tensor:
+    return _log_power(lp, lq, a).exp()
 
 
 def _alpha_term(lp: Tensor, lq: Tensor, a: float) -> Tensor:
@@ -103,6 +123,24 @@ def _alpha_dterm(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     p, x = lp.exp(), _x(lp, lq)
     near = p * torch.expm1((1 - a) * x.clamp(-1, 1))
     return torch.where(x.abs() <= 1, near, _power(lp, lq, a) - p) / (a - 1)
+
+
+def _renyi_totals(lp: Tensor, lq: Tensor, a: float) -> Tensor:
+    """[2, *]: the alpha gaps, accurate near equality, and log sum p^a q^(1-a), accurate where the two are far apart."""
+    return torch.stack([_alpha_term(lp, lq, a).sum(-1), _log_power(lp, lq, a).logsumexp(-1)])
+
+
+def _renyi_finish(totals: Tensor, a: float) -> Tensor:
+    gaps, log_power = totals
+    return torch.where(log_power.abs() < 0.5, torch.log1p(a * (a - 1) * gaps), log_power) / (a - 1)
+
+
+def _renyi_gradient(lp: Tensor, lq: Tensor, totals: Tensor, a: float) -> Tensor:
+    """a/(a-1) * (w_v - p_v), w = p^a q^(1-a) normalised; near equality w - p = p * expm1(log(w/p)) cancels nothing."""
+    log_power = (a - 1) * _renyi_finish(totals, a)[..., None]
+    log_w, p = _log_power(lp, lq, a) - log_power, lp.exp()
+    y = ((1 - a) * _x(lp, lq) - log_power).clamp(-1, 1)
+    return a / (a - 1) * torch.where(y.abs() < 1, p * torch.expm1(y), log_w.exp() - p)
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -127,8 +165,9 @@ DIVERGENCES: dict[str, Divergence] = {
     "renyi_divergence": Divergence(
         term=_alpha_term,
         dterm=_alpha_dterm,
-        finish=lambda total, a: torch.log1p(a * (a - 1) * total) / (a - 1),
-        dfinish=lambda total, a: a / (1 + a * (a - 1) * total),
+        total=_renyi_totals,
+        finish=_renyi_finish,
+        gradient=_renyi_gradient,
     ),
     "entropy": Divergence(  # reads the policy only
         term=lambda lp, _lq: _times(lp.exp(), -lp),
@@ -149,19 +188,17 @@ class _Dense(torch.autograd.Function):
     def forward(ctx, logits: Tensor, ref_logits: Tensor, row: Divergence, params: tuple[float, ...]) -> Tensor:
         ctx.save_for_backward(logits, ref_logits)
         ctx.row, ctx.params = row, params
-        totals = [row.term(lp, lq, *params).sum(-1) for _, lp, lq in _blocks(logits, ref_logits)]
-        ctx.totals = torch.cat(totals) if totals else upcast(logits[:, 0] if logits.shape[1] else logits.sum(-1))
+        totals = [row.totals(lp, lq, *params) for _, lp, lq in _blocks(logits, ref_logits)]
+        ctx.totals = torch.cat(totals, -1)
         return row.finish(ctx.totals, *params)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
         logits, ref_logits = ctx.saved_tensors
-        scale = grad_output * ctx.row.dfinish(ctx.totals, *ctx.params)
         grad = torch.empty_like(logits)
         for rows, lp, lq in _blocks(logits, ref_logits):
-            d = ctx.row.dterm(lp, lq, *ctx.params)
-            g = scale[rows, None] * (d - lp.exp() * d.sum(-1, keepdim=True))
+            g = ctx.row.logit_gradient(lp, lq, ctx.totals[..., rows], *ctx.params) * grad_output[rows, None]
             # A masked row stays exactly 0 even where its logits are NaN: 0 * NaN would not be.
             grad[rows] = g.masked_fill(grad_output[rows, None] == 0, 0.0).to(grad.dtype)
         return grad, None, None, None
@@ -170,7 +207,7 @@ class _Dense(torch.autograd.Function):
 def _blocks(logits: Tensor, ref_logits: Tensor):
     """(rows, lp, lq) for blocks of rows that hold about BLOCK_ELEMENTS logits."""
     step = max(1, BLOCK_ELEMENTS // max(1, logits.shape[1]))
-    for start in range(0, len(logits), step):
+    for start in range(0, max(1, len(logits)), step):  # one empty block for no rows
         rows = slice(start, start + step)
         lp = torch.log_softmax(upcast(logits[rows]), -1)
         lq = lp if ref_logits is logits else torch.log_softmax(upcast(ref_logits[rows]), -1)

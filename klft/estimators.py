@@ -53,16 +53,20 @@ def k3(logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"]) -> Float[Tensor
 def forward_k1(logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """KL(q||p) per token, from tokens sampled from p: r log r. Nats, any sign, unbiased."""
     log_r = ref_logp - logp
+    never = log_r == -torch.inf  # the reference cannot say it: the limit of r log r is 0
+    log_r = torch.where(never, 0.0, log_r)
     return log_r.exp() * log_r
 
 
 def forward_k3(logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """KL(q||p) per token, from tokens sampled from p: r log r - r + 1. Nats, >= 0, unbiased."""
     log_r = ref_logp - logp
-    # r (log r - 1 + 1/r) = r * gap(-log r): no cancellation near r = 1. Past -log r = 80 it is 0 * inf, and 1 is exact.
+    # r (log r - 1 + 1/r) = r * gap(-log r): no cancellation near r = 1. Far below it would be 0 * inf; there nothing
+    # cancels, and where the reference cannot say the token at all the limit is 1.
+    never = log_r == -torch.inf
     far = log_r < -80
-    near = torch.where(far, 0.0, log_r)
-    return torch.where(far, 1 + log_r.exp() * (log_r - 1), near.exp() * gap(-near))
+    near, log_r = torch.where(far, 0.0, log_r), torch.where(never, 0.0, log_r)
+    return torch.where(never, 1.0, torch.where(far, 1 + log_r.exp() * (log_r - 1), near.exp() * gap(-near)))
 
 
 ESTIMATORS = {
@@ -169,7 +173,7 @@ def top_k_kl(
     Both parts keep the unnormalised integrand (+ q - p): without it the gradient is off by grad(mass of the head).
     Source: EMA-PG, arXiv 2602.04417, with the missing gradient term put back.
     """
-    tail_estimator = _estimator(direction, "k3")
+    _estimator(direction, "k3")
     vocab_size = logits.shape[-1]
     if not 0 <= k <= vocab_size:
         raise ValueError(f"top_k_kl: k must lie in 0..{vocab_size} (the vocabulary), got {k}")
@@ -180,9 +184,10 @@ def top_k_kl(
     head: Tensor = _Term.apply(lp.gather(-1, head_ids), lq.gather(-1, head_ids), f"{direction}_kl")  # pyright: ignore
     sampled = token_ids.unsqueeze(-1)
     in_head = (head_ids == sampled).any(-1)
-    # A token inside the head is replaced before the tail is formed: its ratio may be infinite, and 0 * inf is NaN.
-    logp = torch.where(in_head, 0.0, lp.gather(-1, sampled).squeeze(-1))
-    ref_logp = torch.where(in_head, 0.0, lq.gather(-1, sampled).squeeze(-1))
-    behaviour = logp.detach() if behaviour_logp is None else torch.where(in_head, 0.0, behaviour_logp.detach())
-    tail = (logp - behaviour).exp() * tail_estimator(logp, ref_logp)
-    return head.sum(-1) + torch.where(in_head, 0.0, tail)
+    logp, ref_logp = lp.gather(-1, sampled).squeeze(-1), lq.gather(-1, sampled).squeeze(-1)
+    behaviour = logp.detach() if behaviour_logp is None else behaviour_logp.detach()
+    # The term is homogeneous: with both log-probabilities relative to the behaviour's this is rho * k3, or its kin,
+    # without a product of 0 and inf. A token inside the head is replaced before: its ratio may be infinite.
+    logp, ref_logp = torch.where(in_head, 0.0, logp - behaviour), torch.where(in_head, 0.0, ref_logp - behaviour)
+    tail: Tensor = _Term.apply(logp, ref_logp, f"{direction}_kl")  # pyright: ignore
+    return head.sum(-1) + tail

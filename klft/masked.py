@@ -31,6 +31,7 @@ def masked_mean(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce
 
 def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
     """Variance (divided by the count, not count - 1) where mask holds, over all processes. 0 for one token or none."""
+    x = torch.where(mask, x, 0.0)  # what is masked must not reach the arithmetic: a NaN would come back as a gradient
     # Two passes: a sum of squares minus a squared mean cancels in fp32.
     return masked_mean((x - masked_mean(x, mask, reduce)).square(), mask, reduce)
 
@@ -44,8 +45,30 @@ def masked_whiten(
     eps: float = 1e-8,
 ) -> Float[Tensor, "*B"]:
     """(x - mean) / sqrt(var + eps) where mask holds, 0 elsewhere. `shift_mean=False` only rescales."""
+    x = torch.where(mask, x, 0.0)
     centre = masked_mean(x, mask, reduce) if shift_mean else 0.0
     return torch.where(mask, (x - centre) * torch.rsqrt(masked_var(x, mask, reduce) + eps), 0.0)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Keeps the logits and recomputes the softmax; a row whose result is masked stays exactly 0 even if it is NaN."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total = wide.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, labels, total)
+        return (wide.gather(-1, labels.unsqueeze(-1)) - total).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        logits, labels, total = ctx.saved_tensors
+        grad = -(logits.to(total.dtype) - total).exp_()
+        chosen = labels.unsqueeze(-1)
+        grad.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=grad.dtype))
+        grad = (grad * grad_output.unsqueeze(-1)).masked_fill_(grad_output.unsqueeze(-1) == 0, 0.0)
+        return grad.to(logits.dtype), None
 
 
 def token_logps(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
@@ -53,5 +76,4 @@ def token_logps(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*B"]) -> Flo
 
     Labels must be real ids: replace ignored ones (-100) by any id and mask their result.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
+    return _TokenLogps.apply(logits, labels)  # pyright: ignore

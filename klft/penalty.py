@@ -64,11 +64,15 @@ class TokenKL:
     scores: TokenScores
     mask: Tensor
     behaviour_logp: Tensor | None = None
+    token_ids: Tensor | None = None
+    culprits: str = ""  # what made a KL infinite, for the message
     clipped: int = 0
 
 
-def _check_combination(estimator: str, direction: str, placement: str) -> None:
-    """Refuse what carries no gradient; name what carries the wrong one (MATH: value and gradient are two choices)."""
+def check_combination(direction: str, estimator: str, placement: str) -> None:
+    """Raise ValueError for what carries no gradient, or twice the wrong one."""
+    if estimator != "exact" and (direction, estimator) not in ESTIMATORS:
+        raise ValueError(f"there is no {estimator} of the {direction} KL; use k1, k3 or exact")
     if estimator == "k1" and placement != "reward":
         raise ValueError(
             "k1 as a loss has a gradient of zero in expectation: it would do nothing but add noise. "
@@ -79,8 +83,10 @@ def _check_combination(estimator: str, direction: str, placement: str) -> None:
             f"{direction} {estimator} in the reward and in the loss counts the KL twice, with a gradient of neither. "
             "placement='both' goes with estimator='exact', or with 'k3' of the reverse KL."
         )
-    if placement != "reward":
-        return
+
+
+def _warn_of(direction: str, estimator: str, placement: str) -> None:
+    """Say by name which wrong gradient a legal combination has."""
     wrong = {
         ("reverse", "k2"): "its expected gradient is not that of a KL",
         ("reverse", "k3"): "its expected gradient is about zero near the reference",
@@ -89,13 +95,13 @@ def _check_combination(estimator: str, direction: str, placement: str) -> None:
         ("forward", "k1"): "its expected gradient is not that of the forward KL",
         ("forward", "k3"): "its expected gradient is not that of the forward KL",
     }.get((direction, estimator))
+    if placement != "reward" or wrong is None:
+        return
     if estimator == "exact":
         way_out = "klft adds the differentiable loss that belongs to it; say placement='both' to mean that"
     else:
-        way_out = "use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
-    if wrong:
-        name = f"{direction} {estimator}"
-        warnings.warn(f"{name} in the reward: {wrong}. {way_out[0].upper()}{way_out[1:]}.", stacklevel=3)
+        way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
+    warnings.warn(f"{direction} {estimator} in the reward: {wrong}. {way_out}.", stacklevel=3)
 
 
 class KLPenalty:
@@ -107,8 +113,8 @@ class KLPenalty:
             the sequence KL, with far less variance than k1. With placement="loss" only the first part is used.
         placement: "reward", "loss", or "both" (for exact and k3, whose two halves make up one right gradient). k1 as a
             loss is refused; combinations with a wrong gradient warn by name.
-        clip: the largest KL (nats, either sign) one token may count for; clipped tokens are counted. Without it an
-            infinite KL is an error that names the tokens.
+        clip: the largest log-ratio, either sign (sampled), or KL (exact) of one token, in nats; what lies beyond
+            counts as that much, without a gradient, and is counted. Without it an infinite KL is an error.
 
     Raises ValueError for unknown names and for k1 in the loss.
     """
@@ -130,9 +136,10 @@ class KLPenalty:
         ):
             if value not in known:
                 raise ValueError(f"KLPenalty: unknown {name} {value!r}: choose one of {', '.join(known)}")
-        if estimator != "exact" and (direction, estimator) not in ESTIMATORS:
-            raise ValueError(f"KLPenalty: there is no {estimator} of the {direction} KL; use k1, k3 or exact")
-        _check_combination(estimator, direction, placement)
+        check_combination(direction, estimator, placement)
+        if clip is not None and not 0 < clip < float("inf"):
+            raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
+        _warn_of(direction, estimator, placement)
         self.reference = reference
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
         # Exact KL in the reward alone is never what was meant: its loss part goes with it.
@@ -169,41 +176,63 @@ class KLPenalty:
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         scores = score_logits(logits.roll(1, 1) / temperature, ref_logits.roll(1, 1) / temperature, input_ids)
         mask = mask & (torch.arange(keep, device=mask.device) > 0)
-        return TokenKL(scores, mask, behaviour_logp)
+        kl = TokenKL(scores, mask, behaviour_logp, input_ids)
+        if bool((mask & ~self._exact_kl(kl).detach().isfinite()).any()):
+            one_sided = (logits == -torch.inf) != (ref_logits == -torch.inf)
+            ids = one_sided.flatten(0, -2).any(0).nonzero().flatten().tolist()
+            kl.culprits = f"; ids that only one of the models suppresses: {ids[:8]} ({len(ids)} in all)" if ids else ""
+        return kl
 
     def token_kl(self, kl: TokenKL, gradient: str = "none") -> Float[Tensor, "B T"]:
-        """The chosen estimate per token; `gradient="unbiased"` makes it differentiable. 0 under the mask."""
-        s, mask = kl.scores, kl.mask
-        if self.estimator == "exact":
-            value = s.reverse_kl if self.direction == "reverse" else s.forward_kl
-            assert value is not None
-            value = value.detach() if gradient == "none" else value
-        else:
-            assert s.ref_logp is not None
-            # Masked tokens are replaced before anything is exponentiated: 0 * inf under the mask would be NaN.
-            logp, ref_logp = torch.where(mask, s.logp, 0.0), torch.where(mask, s.ref_logp, 0.0)
-            behaviour = None if kl.behaviour_logp is None else torch.where(mask, kl.behaviour_logp, 0.0)
-            if gradient == "unbiased" and self.placement == "both":
-                # k3's other half sits in the reward. Here belongs the plain derivative of k3, weighted, not rho's.
-                rho = 1.0 if behaviour is None else (logp - behaviour).detach().exp()
-                value = rho * k3(logp, ref_logp)
-            else:
-                value = estimate_kl(
-                    logp, ref_logp, direction=self.direction, value=self.estimator, gradient=gradient,
-                    behaviour_logp=behaviour,
-                )  # fmt: skip
-        value = torch.where(mask, value, 0.0)
-        if self.clip is not None:
-            kl.clipped = int((value.detach().abs() > self.clip).sum())
-            return value.clamp(-self.clip, self.clip)
-        if not bool(value.detach().isfinite().all()):
-            where = (~value.detach().isfinite()).nonzero().tolist()
+        """The chosen estimate per token; `gradient="unbiased"` makes it differentiable. 0 under the mask.
+
+        Raises ValueError, naming the place, where it is not finite (with `clip`: where it is NaN).
+        """
+        value = self._exact(kl) if self.estimator == "exact" else self._sampled(kl, gradient)
+        value = torch.where(kl.mask, value.detach() if gradient == "none" else value, 0.0)
+        bad = (~value.detach().isfinite()).nonzero().tolist()
+        if bad:
+            ids = "" if kl.token_ids is None else f" (token ids {[int(kl.token_ids[i, t]) for i, t in bad[:4]]})"
             raise ValueError(
-                f"the {self.direction} KL ({self.estimator}) is not finite at {len(where)} token(s), first at "
-                f"[sample, position] {where[:4]}: one model gives no probability to what the other may say, or its "
-                "logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
+                f"the {self.direction} KL ({self.estimator}) is not finite at {len(bad)} token(s), first at [sample, "
+                f"position] {bad[:4]}{ids}{kl.culprits}: one model gives no probability to what the other may say, or "
+                "its logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
             )
         return value
+
+    def _exact_kl(self, kl: TokenKL) -> Tensor:
+        value = kl.scores.reverse_kl if self.direction == "reverse" else kl.scores.forward_kl
+        assert value is not None
+        return value
+
+    def _exact(self, kl: TokenKL) -> Tensor:
+        value = self._exact_kl(kl)
+        if self.clip is not None:
+            kl.clipped = int((kl.mask & (value.detach() > self.clip)).sum())
+            value = value.clamp(max=self.clip)
+        return value
+
+    def _sampled(self, kl: TokenKL, gradient: str) -> Tensor:
+        s, mask = kl.scores, kl.mask
+        assert s.ref_logp is not None
+        # Masked tokens are replaced before anything is exponentiated: 0 * inf under the mask would be NaN.
+        logp, ref_logp = torch.where(mask, s.logp, 0.0), torch.where(mask, s.ref_logp, 0.0)
+        behaviour = None if kl.behaviour_logp is None else torch.where(mask, kl.behaviour_logp, 0.0)
+        if self.clip is not None:
+            log_ratio = (logp - ref_logp).detach()
+            beyond = log_ratio.abs() > self.clip
+            kl.clipped = int(beyond.sum())
+            # Clipped before the estimator, as constants: no gradient, and nothing infinite left to multiply by 0.
+            clipped = log_ratio.clamp(-self.clip, self.clip)
+            logp, ref_logp = torch.where(beyond, clipped, logp), torch.where(beyond, 0.0, ref_logp)
+            behaviour = None if behaviour is None else torch.where(beyond, clipped, behaviour)
+        if gradient == "unbiased" and self.placement == "both":
+            # k3's other half sits in the reward. Here belongs the plain derivative of k3, weighted, not rho's.
+            rho = 1.0 if behaviour is None else (logp - behaviour).detach().exp()
+            return rho * k3(logp, ref_logp)
+        return estimate_kl(
+            logp, ref_logp, direction=self.direction, value=self.estimator, gradient=gradient, behaviour_logp=behaviour
+        )
 
     def reward_kl(self, kl: TokenKL) -> Float[Tensor, "B T"]:
         """The detached KL that belongs in each token's reward; zeros if nothing does.
@@ -231,8 +260,7 @@ class KLPenalty:
 
     def update(self, kl: TokenKL) -> float:
         """Show the controller this batch: the exact KL summed over each sequence, mean over sequences with a token."""
-        exact = kl.scores.reverse_kl if self.direction == "reverse" else kl.scores.forward_kl
-        assert exact is not None
+        exact = self._exact_kl(kl) if self.clip is None else self._exact_kl(kl).clamp(max=self.clip)
         sequences = kl.mask.any(-1)
         episodes = int(sequences.sum())
         total = float(torch.where(kl.mask, exact.detach(), 0.0).sum())

@@ -16,7 +16,7 @@ from klft.masked import Reduce, alone
 
 def weigh_scores(scores: Float[Tensor, "B K"], weights: Float[Tensor, "K"]) -> Float[Tensor, "B"]:
     """Weighted sum over K reward functions. NaN = "does not apply here" and is left out; a row of NaN scores 0."""
-    return (weights * scores.nan_to_num(0.0)).sum(-1)
+    return (weights * torch.where(scores.isnan(), 0.0, scores)).sum(-1)
 
 
 def finish_scores(

@@ -8,4 +8,4 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
 
-torch.set_num_threads(int(os.environ.get("KLFT_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("KLFT_TEST_THREADS", "1")))

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -37,20 +38,22 @@ def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, ho
         return
     table = Table(title=f"completions at step {step}, showing {min(how_many, len(rows))} of {len(rows)}", expand=True)
     for name in rows[0]:
-        table.add_column(name, overflow="fold", ratio=3 if name in ("prompt", "completion") else None)
+        table.add_column(plain(name), overflow="fold", ratio=3 if name in ("prompt", "completion") else None)
     for row in rows[:how_many]:
         table.add_row(*(plain(f"{v:.3f}" if isinstance(v, float) else v) for v in row.values()), end_section=True)
     Console().print(table)
     folder = output_dir / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"completions_{step:05d}.parquet.tmp"
-    # Lone surrogates (half an emoji) cannot be encoded; they are kept as escapes rather than lost.
-    encodable = [
-        {
-            k: v if isinstance(v, float | int) else str(v).encode("utf-8", "backslashreplace").decode()
-            for k, v in row.items()
-        }
-        for row in rows
-    ]
-    pd.DataFrame(encodable).assign(step=step).to_parquet(unfinished)
+    columns = {name: _storable([row[name] for row in rows]) for name in rows[0]}
+    pq.write_table(pa.table(columns | {"step": [step] * len(rows)}), unfinished)
     os.replace(unfinished, unfinished.with_suffix(""))
+
+
+def _storable(values: list) -> list:
+    """Numbers of one kind stay numbers; a column of anything else becomes text, None stays None."""
+    kinds = {type(v) for v in values if v is not None}
+    if kinds <= {int, float} and bool not in kinds:
+        return values
+    # Lone surrogates (half an emoji) cannot be encoded; they are kept as escapes rather than lost.
+    return [None if v is None else str(v).encode("utf-8", "backslashreplace").decode() for v in values]

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, TrainingArguments
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, TargetKL
 from klft.estimators import DIRECTIONS
-from klft.penalty import ESTIMATES, PLACEMENTS
+from klft.penalty import ESTIMATES, PLACEMENTS, check_combination
 
 CONTROLLERS = ("fixed", "adaptive", "pi", "target")
 
@@ -39,6 +39,8 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "reward_clip": (0, False, math.inf, False),
     "missing_eos_penalty": (0, True, math.inf, False),
     "num_completions_to_print": (0, True, math.inf, False),
+    "learning_rate": (0, True, math.inf, False),
+    "adam_epsilon": (0, True, math.inf, False),
 }
 _CHOICES = {
     "kl_estimator": ESTIMATES,
@@ -144,6 +146,10 @@ class PPOConfig(TrainingArguments):
             found.append("kl_target would be ignored with kl_controller='fixed'; say kl_controller='adaptive'")
         if self.kl_controller != "adaptive" and self.kl_horizon != 10000:
             found.append("kl_horizon would be ignored: only kl_controller='adaptive' has one")
+        try:
+            check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
+        except ValueError as error:
+            found.append(str(error))
         if self.total_episodes is not None and self.max_steps > 0:
             found.append("total_episodes and max_steps say the same thing; give one of them")
         if self.logging_nan_inf_filter:
@@ -166,6 +172,11 @@ class PPOConfig(TrainingArguments):
     def steps_per_rollout(self) -> int:
         """Optimizer steps made from one rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Forward-backward passes made from one rollout, on each process."""
+        return self.steps_per_rollout * self.gradient_accumulation_steps
 
     def generation_config(self, eos_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
         """How completions are sampled: the fields here, then `generation_kwargs` over them."""
@@ -209,6 +220,12 @@ def _problem(f: dataclasses.Field, value: typing.Any) -> list[str]:
             return [f"{f.name} must be finite and {'>=' if low_in else '>'} {low}{upper}, got {value!r}"]
     if f.type is bool and f.name in PPOConfig.__annotations__ and not isinstance(value, bool):
         return [f"{f.name} must be true or false, got {value!r}"]
+    if f.name == "generation_kwargs" and value is not None:
+        try:
+            given = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            given = None
+        return [] if isinstance(given, dict) else [f"generation_kwargs must be a dict, or one in JSON, got {value!r}"]
     if f.name == "reward_weights" and value is not None:
         numbers = isinstance(value, list) and all(
             isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in value

@@ -90,6 +90,11 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
     return metrics
 
 
+def means(logged: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each list."""
+    return {name: sum(values) / len(values) for name, values in logged.items() if values}
+
+
 def _kl_metrics(column: dict[str, Tensor]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     nonfinite = torch.zeros(len(column["logp"]), dtype=torch.bool)

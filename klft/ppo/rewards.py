@@ -7,6 +7,7 @@ an error that names the function, the index and the prompt.
 """
 
 import asyncio
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -37,12 +38,17 @@ class RewardModel:
     ):
         if isinstance(model, str):
             model = AutoModelForSequenceClassification.from_pretrained(model, **model_init_kwargs)
-        assert isinstance(model, PreTrainedModel)
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            raise TypeError(
+                "a reward model must be a sequence-classification model (AutoModelForSequenceClassification), "
+                f"got {type(model).__name__}"
+            )
+        judge: Any = model
+        self.model = judge.eval().requires_grad_(False)
+        self.tokenizer = _padding(tokenizer or AutoTokenizer.from_pretrained(judge.config._name_or_path), judge)
         self.batch_size = batch_size
         self.label = self._label_index(label)
-        self.__name__ = str(model.config._name_or_path).rstrip("/").split("/")[-1] or type(model).__name__
+        self.__name__ = str(judge.config._name_or_path).rstrip("/").split("/")[-1] or type(judge).__name__
 
     def _label_index(self, label: str | int | None) -> int | None:
         names = {str(name): int(index) for index, name in (self.model.config.id2label or {}).items()}
@@ -63,11 +69,26 @@ class RewardModel:
         with evaluating(self.model):
             for start in range(0, len(texts), self.batch_size):
                 batch = self.tokenizer(
-                    texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
+                    texts[start : start + self.batch_size],
+                    padding=True,
+                    truncation=True,
+                    return_tensors="pt",
+                    # A chat template writes the special tokens itself.
+                    add_special_tokens=isinstance(prompts[start], str),
                 ).to(self.model.device)
                 logits = self.model(**batch).logits.float()
                 rewards += (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
         return rewards
+
+
+def _padding(tokenizer: Any, model: Any) -> Any:
+    """A tokenizer that can pad, by EOS or any id: a decoder finds a row's last token by the id its config names."""
+    if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def _whole_text(prompt: Any, completion: Any, tokenizer: Any) -> str:
@@ -88,6 +109,13 @@ def as_reward_functions(reward_funcs: Any) -> list[Callable]:
     return made
 
 
+def reward_weights(weights: list[float] | None, functions: int) -> Tensor:
+    """One weight per reward function, 1 by default. Raises ValueError if their number is another."""
+    if weights is not None and len(weights) != functions:
+        raise ValueError(f"{functions} reward function(s), but reward_weights={weights}")
+    return torch.tensor(weights or [1.0] * functions, dtype=torch.float32)
+
+
 def reward_name(f: Any) -> str:
     """The name a reward function is logged under."""
     return getattr(f, "__name__", type(f).__name__)
@@ -97,7 +125,7 @@ def call_reward_functions(
     functions: Sequence[Callable], prompts: list, completions: list, completion_ids: list, columns: dict, **extra: Any
 ) -> Tensor:
     """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number."""
-    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns, **extra}
+    given = {**columns, **extra, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     results = [f(**given) for f in functions]
     waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
     if waiting:
@@ -113,20 +141,25 @@ def call_reward_functions(
 
 def _checked(name: str, returned: Any, prompts: list) -> list[float]:
     if isinstance(returned, Tensor):
-        returned = returned.detach().float().cpu().tolist()
-    if not isinstance(returned, Sequence) or isinstance(returned, str) or len(returned) != len(prompts):
-        size = f"{len(returned)} values" if hasattr(returned, "__len__") else f"a {type(returned).__name__}"
-        raise ValueError(f"reward function {name!r} must return one number per completion: {len(prompts)}, got {size}")
-    scores = []
+        returned = returned.detach().float()
+    if hasattr(returned, "tolist"):
+        returned = returned.tolist()
+    if not isinstance(returned, (list, tuple)) or len(returned) != len(prompts):
+        got = f"{len(returned)} values" if isinstance(returned, (list, tuple)) else f"a {type(returned).__name__}"
+        raise ValueError(f"reward function {name!r} must return one number per completion: {len(prompts)}, got {got}")
     for index, value in enumerate(returned):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.inf
-        if isinstance(value, str) or (value is not None and not math.isfinite(number)):
+        if not _is_score(value):
             raise ValueError(
-                f"reward function {name!r} returned {value!r} for completion {index}, prompt {prompts[index]!r:.80}; "
-                "expected a finite number, or None where it does not apply"
+                f"reward function {name!r} returned {value!r:.80} for completion {index}, prompt "
+                f"{prompts[index]!r:.80}; expected a finite number, or None where it does not apply"
             )
-        scores.append(number)
-    return scores
+    return [math.nan if value is None else float(value) for value in returned]
+
+
+def _is_score(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return not isinstance(value, (str, bytes)) and abs(float(value)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -34,14 +34,25 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
     return tokenizer
 
 
-def make_reference(reference: Any, model: Any, has_adapter: bool) -> FrozenReference | AdapterReference | None:
-    """The reference given (a model is frozen), or a frozen copy of the policy as it is now.
+def equip(
+    model: Any, reference: Any, value_model: Any, peft_config: Any, tokenizer: Any
+) -> tuple[nn.Module, FrozenReference | AdapterReference]:
+    """(policy with its value function and adapter, checked reference).
 
-    None means "the policy with its adapter off", which can only be made once the adapter is there.
+    The reference given (a model is frozen); by default the policy with its adapter off, or a frozen copy of it as it is
+    now. Refuses one that would move with the policy, or speaks about another vocabulary.
     """
-    if reference is None:
-        return None if has_adapter else FrozenReference(copy.deepcopy(model))
-    return FrozenReference(reference) if isinstance(reference, PreTrainedModel) else reference
+    if reference is None and peft_config is None and not hasattr(model, "peft_config"):
+        reference = FrozenReference(copy.deepcopy(model))
+    elif isinstance(reference, PreTrainedModel):
+        reference = FrozenReference(reference)
+    elif reference is None and peft_config is None:
+        reference = AdapterReference(model)
+    if reference is not None:  # before the value function is attached: it is trained, and no part of the reference
+        reference.check_apart_from(model)
+        check_vocabularies(model, reference.model, tokenizer)
+    model = attach(model, value_model, peft_config)
+    return model, reference or AdapterReference(model)  # pyright: ignore
 
 
 def attach(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
@@ -62,12 +73,6 @@ def attach(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
     return model
 
 
-def check_reference(reference: Any, model: Any, tokenizer: Any) -> None:
-    """Refuse a reference that would move with the policy, or speaks about another vocabulary."""
-    reference.check_apart_from(model)
-    check_vocabularies(model, reference.model, tokenizer)
-
-
 def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
     """Check for a `prompt` column and enough rows; drop empty prompts and say how many.
 
@@ -77,6 +82,9 @@ def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
         raise TypeError(f"{name}: expected a datasets.Dataset with a length, got {type(dataset).__name__}")
     if "prompt" not in dataset.column_names:
         raise ValueError(f"{name} needs a column 'prompt' (text or messages); it has {dataset.column_names}")
+    clash = {"prompts", "completions", "completion_ids"} & set(dataset.column_names)
+    if clash:
+        raise ValueError(f"{name}: rename the column(s) {sorted(clash)}; reward functions get the sampled ones")
     filled = [i for i, prompt in enumerate(dataset["prompt"]) if prompt]
     if len(filled) < len(dataset):
         logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
@@ -87,6 +95,17 @@ def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
             "gradient_accumulation_steps * num_mini_batches * processes. Make one of those smaller."
         )
     return dataset
+
+
+def prompts_of_both(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
+    """Both datasets checked; the evaluation's may be a dictionary of several."""
+    if train is not None:
+        train = prompts_of(train, "train_dataset", per_rollout)
+    if isinstance(evaluation, dict):
+        evaluation = {name: prompts_of(d, f"eval_dataset[{name!r}]", 1) for name, d in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = prompts_of(evaluation, "eval_dataset", 1)
+    return train, evaluation
 
 
 class RolloutSampler(Sampler):

@@ -21,21 +21,14 @@ from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
 from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
+from klft.ppo.cycle import Cycle
 from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
 from klft.ppo.losses import gae, policy_losses, value_losses
-from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, rollout_metrics
-from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name
+from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, means, rollout_metrics
+from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name, reward_weights
 from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, tokenize_prompts
-from klft.ppo.setup import (
-    RolloutSampler,
-    attach,
-    check_reference,
-    load_policy,
-    load_tokenizer,
-    make_reference,
-    prompts_of,
-)
-from klft.reference import AdapterReference, vocab_size
+from klft.ppo.setup import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
+from klft.reference import vocab_size
 from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
 
 
@@ -77,23 +70,9 @@ class PPOTrainer(Trainer):
         model = load_policy(model)
         tokenizer = load_tokenizer(processing_class, model)
         self.reward_funcs = as_reward_functions(reward_funcs)
-        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
-        if len(weights) != len(self.reward_funcs):
-            raise ValueError(f"{len(self.reward_funcs)} reward function(s) but reward_weights={weights}")
-        if train_dataset is not None:
-            train_dataset = prompts_of(train_dataset, "train_dataset", args.episodes_per_rollout)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prompts_of(d, f"eval_dataset[{name!r}]", 1) for name, d in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = prompts_of(eval_dataset, "eval_dataset", 1)
-        has_adapter = peft_config is not None or hasattr(model, "peft_config")
-        reference = make_reference(reference, model, has_adapter)
-        if reference is not None:
-            check_reference(reference, model, tokenizer)
-        elif hasattr(model, "peft_config"):
-            check_reference(AdapterReference(model), model, tokenizer)
-        model = attach(model, value_model, peft_config)
-        reference = reference or AdapterReference(model)
+        self._weights = reward_weights(args.reward_weights, len(self.reward_funcs))
+        train_dataset, eval_dataset = prompts_of_both(train_dataset, eval_dataset, args.episodes_per_rollout)
+        model, reference = equip(model, reference, value_model, peft_config, tokenizer)
         if args.disable_dropout:
             value_function.disable_dropout(model)
         self.penalty = KLPenalty(
@@ -104,6 +83,8 @@ class PPOTrainer(Trainer):
             controller=args.controller(),
         )
         self.scorer = Scorer(reference, args.temperature, min(vocab_size(model), vocab_size(reference.model)))
+        # The adapter's own file holds the value function only if PEFT was told so when the adapter was made.
+        self._value_apart = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
         super().__init__(
             model=model,
             args=args,
@@ -118,61 +99,31 @@ class PPOTrainer(Trainer):
         self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.way_back(self._output_dir)))
         if hasattr(model, "warnings_issued"):
             model.warnings_issued["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
-        reference.model.to(self.args.device)
-        for f in self.reward_funcs:
-            if isinstance(getattr(f, "model", None), nn.Module):
-                f.model.to(self.args.device)
-        self._weights = torch.tensor(weights, dtype=torch.float32)
-        self._moments = RunningMoments()
-        # The adapter's own file holds the value function only if PEFT was told so when it was made.
-        self._value_apart = has_adapter and (peft_config is None or value_model is not None)
-        self._reset_cycle()
+        for carrier in (reference, *self.reward_funcs):
+            if isinstance(getattr(carrier, "model", None), nn.Module):
+                carrier.model.to(self.args.device)
+        self._start_counting()
+
+    def _start_counting(self) -> None:
         self.episodes = 0
+        self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+        self._moments = RunningMoments()
+        self._coef = self.penalty.coef  # of the last rollout
         self._train_tables: list[Table] = []
         self._eval_tables: list[Table] = []
-        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)
+        self._window_sums = dict.fromkeys(LOSS_SUMS, 0.0)  # of this minibatch, on this process
+        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)  # since the last log, on all
         self._early_stops = 0.0
-        self._extra: dict[str, list[float]] = {}
+        self._extra: dict[str, list[float]] = {}  # what reward functions logged themselves, by name
+        self._eval_extra: dict[str, list[float]] = {}
         self._completions: list[dict] = []
 
     # ---- the generation cycle --------------------------------------------------------------------------------
-
-    def _reset_cycle(self) -> None:
-        self._rollout: Rollout | None = None
-        self._position = 0  # micro-batches taken from the rollout
-        self._facts: dict[str, Any] = {}  # coefficient, scale, token counts, KL of the rollout: plain numbers
-
-    @property
-    def _micro_batches(self) -> int:
-        return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
 
     def _reduce(self, t: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(t, "sum")
         assert isinstance(reduced, Tensor)
         return reduced
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch. Makes the next rollout first if the last one is used up."""
-        if self._rollout is None:
-            self._rollout = self._make_rollout(model, inputs)
-        micro, window = self._micro_batch(self._rollout)
-        self._position += 1
-        if self._facts["stopped"]:
-            loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
-        else:
-            loss = super().training_step(model, {"rollout": micro, "tokens": self._facts["tokens"][window]})  # pyright: ignore
-        if self._position % self.args.gradient_accumulation_steps == 0:
-            self._end_of_minibatch()
-        if self._position == self._micro_batches:
-            self.penalty.controller.update(*self._facts["observed"])
-            self._reset_cycle()
-        return loss
-
-    def _order(self, epoch: int, device: torch.device | str) -> Tensor:
-        """The rollout's rows as PPO epoch `epoch` takes them; drawn from the seed, so a resumed run draws the same."""
-        seed = self.args.seed + 7919 * (self.episodes * self.args.num_ppo_epochs + epoch)
-        generator = torch.Generator().manual_seed(seed + 104729 * self._data_rank)
-        return torch.randperm(self.args.rollout_batch_size, generator=generator).to(device)
 
     @property
     def _policy(self) -> nn.Module:
@@ -188,21 +139,22 @@ class PPOTrainer(Trainer):
         # Processes that share one sample (tensor parallel) must draw the same random numbers.
         return self.args.process_index // self.get_tp_size()
 
-    def _micro_batch(self, rollout: Rollout) -> tuple[Rollout, int]:
-        """The next micro-batch, and which minibatch (accumulation window) of the rollout it belongs to."""
-        accumulation = self.args.gradient_accumulation_steps
-        window = self._position // accumulation
-        epoch, in_epoch = divmod(self._position, accumulation * self.args.num_mini_batches)
-        size = self.args.per_device_train_batch_size
-        rows = self._order(epoch, rollout.mask.device)[in_epoch * size : (in_epoch + 1) * size]
-        return rollout.rows(rows), window
-
-    def _tokens_per_window(self, mask: Tensor) -> list[float]:
-        """Tokens in each minibatch of the cycle over all processes: what the losses are divided by."""
-        lengths = mask.sum(-1).float()
-        per_epoch = [lengths[self._order(e, mask.device)] for e in range(self.args.num_ppo_epochs)]
-        counts = torch.stack(per_epoch).view(self.args.steps_per_rollout, -1).sum(-1)
-        return self._reduce(counts).tolist()
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch. Makes the next rollout first if the last one is used up."""
+        cycle = self._cycle
+        if cycle.rollout is None:
+            self._make_rollout(model, inputs)
+        micro, tokens = cycle.next_micro_batch()
+        if cycle.facts["stopped"]:
+            loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
+        else:
+            loss = super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
+        if cycle.position % self.args.gradient_accumulation_steps == 0:
+            self._end_of_minibatch()
+        if cycle.used_up:
+            self.penalty.controller.update(*cycle.facts["observed"])
+            self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+        return loss
 
     # ---- rollout -----------------------------------------------------------------------------------------------
 
@@ -218,7 +170,7 @@ class PPOTrainer(Trainer):
         batch, terminated = generate(unwrapped, ids.to(device), mask.to(device), ends, pad_id, config)
         return batch, terminated, spoken(tokenizer, prompts, batch)
 
-    def _scores_by_function(self, rows: list[dict], batch: Batch, completions: list) -> Tensor:
+    def _scores_by_function(self, rows: list[dict], batch: Batch, completions: list, learn: bool) -> Tensor:
         """Raw scores [B, K] of the reward functions; an error on one rank ends all ranks with it."""
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         ids = [row[m].tolist() for row, m in zip(batch.completion_ids, batch.mask, strict=True)]
@@ -238,9 +190,10 @@ class PPOTrainer(Trainer):
             )
 
         scores = on_all_ranks(self.accelerator, work)
+        store = self._extra if learn else self._eval_extra
         for logged in gather_object([extra]):
             for name, values in logged.items():
-                self._extra.setdefault(name, []).extend(values)
+                store.setdefault(name, []).extend(values)
         return scores.to(self.args.device)
 
     def _rollout_of(
@@ -253,7 +206,7 @@ class PPOTrainer(Trainer):
         scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
         mask = batch.mask
         on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, mask, args.process_index))
-        by_function = self._scores_by_function(rows, batch, completions)
+        by_function = self._scores_by_function(rows, batch, completions, learn)
         totals = weigh_scores(by_function, self._weights.to(by_function))
         if args.normalize_scores:
             if learn:
@@ -281,29 +234,24 @@ class PPOTrainer(Trainer):
             "coef": self.penalty.coef,
             "observed": [table.sequences[finite, 3].mean().item() if finite.any() else 0.0, int(finite.sum())],
         }
-        if args.log_completions:
+        if args.log_completions and learn:
             self._keep_completions(rows, completions, totals, sequence_kl)
         old = torch.where(mask, scores.logp, 0.0), torch.where(mask, scores.ref_logp, 0.0)  # pyright: ignore
         tensors = {f: getattr(batch, f) for f in ("prompt_ids", "prompt_mask", "completion_ids", "mask")}
         return Rollout(**tensors, old_logp=old[0], ref_logp=old[1], values=values, advantages=advantages,
                        returns=advantages + values), table, facts  # fmt: skip
 
-    def _make_rollout(self, model: nn.Module, rows: list[dict]) -> Rollout:
+    def _make_rollout(self, model: nn.Module, rows: list[dict]) -> None:
         rollout, table, facts = self._rollout_of(model, rows, learn=True)
         variance = masked_var(rollout.advantages, rollout.mask, self._reduce)
         rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._reduce)
-        self._facts = facts | {
-            # Whitening divides the reward's gradient by this; a KL in the loss must be divided alike, or `coef` would
-            # mean something else there than in the reward.
-            "scale": torch.rsqrt(variance + 1e-8).item(),
-            "tokens": self._tokens_per_window(rollout.mask),
-            "stopped": False,
-        }
+        # Whitening divides the reward's gradient by this; a KL in the loss must be divided alike, or `coef` would mean
+        # something else there than in the reward.
+        facts["scale"] = torch.rsqrt(variance + 1e-8).item()
+        self._cycle.start(rollout, facts, self._reduce)
         self._coef = facts["coef"]
         self._train_tables.append(table)
         self.episodes += len(table.sequences)
-        self._position = 0
-        return rollout
 
     def _keep_completions(self, rows: list[dict], completions: list, totals: Tensor, sequence_kl: Tensor) -> None:
         mine = [
@@ -328,7 +276,7 @@ class PPOTrainer(Trainer):
         value, value_clipped = value_losses(values, micro.values, micro.returns, args.cliprange_value)
         losses = policy + args.vf_coef * value
         if self.penalty.placement != "reward":
-            losses = losses + self._facts["scale"] * self._kl_losses(logits, logp, micro)
+            losses = losses + self._cycle.facts["scale"] * self._kl_losses(logits, logp, micro)
         # Processes' gradients are averaged, so each contributes its sum times their number.
         processes = args.world_size // self.get_tp_size()
         loss = masked_sum(losses, mask) * processes / max(inputs["tokens"], 1.0)
@@ -337,7 +285,7 @@ class PPOTrainer(Trainer):
             per_token = (policy, value, ratio - 1 - log_ratio, ratio, ratio_clipped.float(), value_clipped.float())
             sums = [float(masked_sum(t, mask)) for t in per_token] + [float(mask.sum())]
             for name, total in zip(LOSS_SUMS, [*sums, float(not bool(loss.isfinite()))], strict=True):
-                self._facts.setdefault("sums", dict.fromkeys(LOSS_SUMS, 0.0))[name] += total
+                self._window_sums[name] += total
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _kl_losses(self, logits: Tensor, logp: Tensor, micro: Rollout) -> Tensor:
@@ -349,9 +297,9 @@ class PPOTrainer(Trainer):
 
     def _end_of_minibatch(self) -> None:
         """Put the processes' sums together; stop on a non-finite loss; decide, on all ranks alike, on target_kl."""
-        mine = self._facts.pop("sums", None)
-        if mine is None:
+        if self._cycle.facts["stopped"]:
             return
+        mine, self._window_sums = self._window_sums, dict.fromkeys(LOSS_SUMS, 0.0)
         everyone = self.accelerator.gather(torch.tensor([list(mine.values())], device=self.args.device))
         assert isinstance(everyone, Tensor)
         broken = everyone[:, -1].nonzero().flatten().tolist()
@@ -362,23 +310,27 @@ class PPOTrainer(Trainer):
         for name, total in sums.items():
             self._loss_sums[name] += total
         if self.args.target_kl is not None and sums["tokens"]:
-            self._facts["stopped"] = sums["approx_kl"] / sums["tokens"] > self.args.target_kl
-            self._early_stops += float(self._facts["stopped"])
+            self._cycle.facts["stopped"] = sums["approx_kl"] / sums["tokens"] > self.args.target_kl
+            self._early_stops += float(self._cycle.facts["stopped"])
 
     # ---- evaluation, metrics ---------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Generate from the evaluation prompts and measure; training draws the same random numbers with and without."""
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
-        """One evaluation batch, with random numbers of its own: training draws the same with and without it."""
+        """One evaluation batch, with random numbers that depend on the seed and its place alone."""
         gradient_state = self.accelerator.gradient_state
         keep = len(inputs)
         if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
             keep = min(max(gradient_state.remainder - self.args.process_index * len(inputs), 0), len(inputs))
-        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(self._eval_tables)) + self._data_rank)
-            with torch.no_grad():
-                _, table, _ = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
+        torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(self._eval_tables)) + self._data_rank)
+        with torch.no_grad():
+            _, table, _ = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
         self._eval_tables.append(table)
         return None, None, None
 
@@ -390,9 +342,9 @@ class PPOTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._train_metrics(names))
         elif prefix and prefix != "train" and self._eval_tables:
-            metrics = rollout_metrics(Table.join(self._eval_tables), names)
+            metrics = rollout_metrics(Table.join(self._eval_tables), names) | means(self._eval_extra)
             logs.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-            self._eval_tables = []
+            self._eval_tables, self._eval_extra = [], {}
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
             show_completions(
@@ -406,10 +358,11 @@ class PPOTrainer(Trainer):
         metrics = loss_metrics(self._loss_sums)
         if self._train_tables:
             metrics |= rollout_metrics(Table.join(self._train_tables), names)
-            metrics["ppo/early_stop"] = self._early_stops / len(self._train_tables)
             metrics["kl/coef"] = self._coef
-        metrics |= {name: sum(values) / len(values) for name, values in self._extra.items()}
-        metrics["episode"] = self.episodes
+        if self._train_tables or self._early_stops:  # the stop may come in a later log than the rollout
+            metrics["ppo/early_stop"] = self._early_stops / max(len(self._train_tables), 1)
+        metrics |= means(self._extra)
+        metrics["episode"] = float(self.episodes)
         self._train_tables, self._extra, self._early_stops = [], {}, 0.0
         self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)
         return metrics
@@ -427,7 +380,7 @@ class PPOTrainer(Trainer):
         sampler = RolloutSampler(
             size=len(self.train_dataset),  # pyright: ignore
             per_rollout=self.args.episodes_per_rollout,
-            repeats=self._micro_batches,
+            repeats=self.args.micro_batches_per_rollout,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             shuffle=self.args.train_sampling_strategy != "sequential",
         )
@@ -451,8 +404,12 @@ class PPOTrainer(Trainer):
             if folder is not None:
                 self._load_state(folder)
             else:
-                self._reset_cycle()
-            return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+                self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+            result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+            best = self.state.best_model_checkpoint
+            if self.args.load_best_model_at_end and best:
+                self._load_value_function(Path(best))
+            return result
 
     def _run_facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that continues it."""
@@ -475,17 +432,16 @@ class PPOTrainer(Trainer):
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
         with ckpt.writing(self, final) as folder:
             super()._save_checkpoint(model, trial)
-            if self._rollout is not None:
+            if self._cycle.rollout is not None:
                 rank = self.args.process_index
-                save_file(self._rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
+                save_file(self._cycle.rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
             if self.args.should_save:
                 state = {
                     "run": self._run_facts(),
                     "controller": self.penalty.state_dict(),
                     "moments": self._moments.state_dict(),
                     "episodes": self.episodes,
-                    "position": self._position,
-                    "facts": self._facts,
+                    "cycle": self._cycle.state_dict(),
                 }
                 ckpt.write_state(folder, state)
 
@@ -499,10 +455,14 @@ class PPOTrainer(Trainer):
             )
         self.penalty.load_state_dict(state["controller"])
         self._moments.load_state_dict(state["moments"])
-        self.episodes, self._position, self._facts = state["episodes"], state["position"], state["facts"]
-        self._rollout = None
-        if self._position:
+        self.episodes = state["episodes"]
+        self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+        self._cycle.load_state_dict(state["cycle"])
+        if self._cycle.position:
             tensors = load_file(folder / f"klft_rollout_{self.args.process_index}.safetensors")
-            self._rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
+            self._cycle.rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
+        self._load_value_function(folder)
+
+    def _load_value_function(self, folder: Path) -> None:
         if (folder / ckpt.VALUE_FILE).exists():
             value_function.load_value_parameters(self._policy, load_file(folder / ckpt.VALUE_FILE))
