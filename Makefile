@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.klft-installed
 
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: VENV=$(VENV) (where the environment goes), PYTHON=$(PYTHON) (3.11 or newer), PYTEST_ARGS"
+	@echo "Variables: VENV=$(VENV) (where the environment goes), PYTHON=$(PYTHON) (3.11 or newer), PYTEST_ARGS, DEMO_ARGS"
 
 # No index option is passed: pip's own configuration decides where packages come from. The constraints pin torch; without
 # that pin pip would take the newest build with gigabytes of CUDA packages.
@@ -28,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch "$@"
 
 demo: $(STAMP)  ## train a small model with PPO under a KL penalty, on two processes; a few minutes on two cores
-	@"$(BIN)/python" recipes/demo.py
+	@ACCELERATE_USE_CPU=true "$(BIN)/accelerate" launch --config_file accelerate_config.yaml \
+		recipes/ppo_reviews.py --config recipes/ppo_reviews.yaml --use_cpu true $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests (offline, no GPU, a few minutes)
 	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)

@@ -97,10 +97,9 @@ def _warn_of(direction: str, estimator: str, placement: str) -> None:
     }.get((direction, estimator))
     if placement != "reward" or wrong is None:
         return
+    way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
     if estimator == "exact":
         way_out = "klft adds the differentiable loss that belongs to it; say placement='both' to mean that"
-    else:
-        way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
     warnings.warn(f"{direction} {estimator} in the reward: {wrong}. {way_out}.", stacklevel=3)
 
 

@@ -132,6 +132,11 @@ class PPOConfig(TrainingArguments):
                 f"PPOConfig: {launched} processes were launched, but this one sees a world of {self.world_size}: they "
                 "would train apart. Set ACCELERATE_USE_CPU=true on a CPU, and make PPOConfig before any Accelerator."
             )
+        if self.kl_controller == "adaptive" and 0.2 * self.episodes_per_rollout >= self.kl_horizon:
+            raise ValueError(
+                f"PPOConfig: kl_horizon={self.kl_horizon} is too short for {self.episodes_per_rollout} episodes per "
+                f"rollout: one update could take kl_coef to 0. Take more than {self.episodes_per_rollout / 5:.0f}."
+            )
         if self.total_episodes is not None:
             self.max_steps = math.ceil(self.total_episodes / self.episodes_per_rollout) * self.steps_per_rollout
 

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -82,9 +83,13 @@ class RewardModel:
 
 
 def _padding(tokenizer: Any, model: Any) -> Any:
-    """A tokenizer that can pad, by EOS or any id: a decoder finds a row's last token by the id its config names."""
+    """A copy that can pad, by EOS or any id (a decoder finds a row's last token by the id its config names).
+
+    Too long a text loses its beginning: what is judged is the completion, and that comes last.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.truncation_side = "left"
     if tokenizer.pad_token_id is None:
-        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -133,7 +138,10 @@ def call_reward_functions(
         async def wait_for_all():
             return await asyncio.gather(*waiting.values())
 
-        for i, r in zip(waiting, asyncio.run(wait_for_all()), strict=True):
+        # In a thread of its own: a notebook's thread already runs a loop, and asyncio refuses a second one there.
+        with ThreadPoolExecutor(1) as thread:
+            awaited = thread.submit(asyncio.run, wait_for_all()).result()
+        for i, r in zip(waiting, awaited, strict=True):
             results[i] = r
     columns_of_scores = [_checked(reward_name(f), r, prompts) for f, r in zip(functions, results, strict=True)]
     return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
