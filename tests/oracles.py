@@ -1,0 +1,225 @@
+"""Float64 reference implementations, from the formulas alone: nothing here imports klft.
+
+Gradients come from autograd through the plain formulas. Expectations are exact: every token, or every sequence, of a
+small model is enumerated, so no test that uses them needs a seed, a sample size or a loose tolerance.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# --- full-vocabulary divergences, [*, V] x [*, V] -> [*] -------------------------------------------------------------
+
+
+def _pair(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.log_softmax(logits.double(), -1), torch.log_softmax(ref_logits.double(), -1)
+
+
+def reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    lp, lq = _pair(logits, ref_logits)
+    return (lp.exp() * (lp - lq)).sum(-1)
+
+
+def forward_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    lp, lq = _pair(logits, ref_logits)
+    return (lq.exp() * (lq - lp)).sum(-1)
+
+
+def jsd(logits: Tensor, ref_logits: Tensor, weight: float) -> Tensor:
+    lp, lq = _pair(logits, ref_logits)
+    p, q = lp.exp(), lq.exp()
+    lm = (weight * q + (1 - weight) * p).log()
+    return (weight * q * (lq - lm) + (1 - weight) * p * (lp - lm)).sum(-1)
+
+
+def skew_kl(logits: Tensor, ref_logits: Tensor, alpha: float) -> Tensor:
+    lp, lq = _pair(logits, ref_logits)
+    p, q = lp.exp(), lq.exp()
+    return (q * (lq - (alpha * q + (1 - alpha) * p).log())).sum(-1)
+
+
+def skew_reverse_kl(logits: Tensor, ref_logits: Tensor, alpha: float) -> Tensor:
+    lp, lq = _pair(logits, ref_logits)
+    p, q = lp.exp(), lq.exp()
+    return (p * (lp - (alpha * p + (1 - alpha) * q).log())).sum(-1)
+
+
+def alpha_divergence(logits: Tensor, ref_logits: Tensor, alpha: float) -> Tensor:
+    p, q = (x.exp() for x in _pair(logits, ref_logits))
+    return ((p**alpha * q ** (1 - alpha)).sum(-1) - 1) / (alpha * (alpha - 1))
+
+
+def renyi_divergence(logits: Tensor, ref_logits: Tensor, alpha: float) -> Tensor:
+    p, q = (x.exp() for x in _pair(logits, ref_logits))
+    return (p**alpha * q ** (1 - alpha)).sum(-1).log() / (alpha - 1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    lp = torch.log_softmax(logits.double(), -1)
+    return -(lp.exp() * lp).sum(-1)
+
+
+def chi2(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """sum p^2/q - 1: of the policy from the reference."""
+    p, q = (x.exp() for x in _pair(logits, ref_logits))
+    return (p * p / q).sum(-1) - 1
+
+
+def total_variation(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    p, q = (x.exp() for x in _pair(logits, ref_logits))
+    return (p - q).abs().sum(-1) / 2
+
+
+def value_and_gradient(fn: Callable[..., Tensor], logits: Tensor, *rest, weight: Tensor | None = None):
+    """fn(logits, *rest) and the gradient of its (weighted) sum in the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    value = fn(leaf, *rest)
+    (gradient,) = torch.autograd.grad((value if weight is None else value * weight).sum(), leaf)
+    return value.detach(), gradient
+
+
+# --- estimators from sampled log-probabilities, [*] x [*] -> [*] ------------------------------------------------------
+
+
+def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    return logp.double() - ref_logp.double()
+
+
+def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    return k1(logp, ref_logp) ** 2 / 2
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    log_r = -k1(logp, ref_logp)
+    return torch.expm1(log_r) - log_r
+
+
+def forward_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    log_r = -k1(logp, ref_logp)
+    return log_r.exp() * log_r
+
+
+def forward_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    log_r = -k1(logp, ref_logp)
+    return log_r.exp() * log_r - torch.expm1(log_r)
+
+
+# --- one position, every token ---------------------------------------------------------------------------------------
+
+
+def one_position(vocab_size: int = 7, seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a policy, of a reference and of a third policy that may have sampled: [V] each."""
+    gen = torch.Generator().manual_seed(seed)
+    theta = torch.randn(vocab_size, generator=gen, dtype=torch.float64)
+    ref = theta + spread * torch.randn(vocab_size, generator=gen, dtype=torch.float64)
+    behaviour = theta + spread * torch.randn(vocab_size, generator=gen, dtype=torch.float64)
+    return theta, ref, behaviour
+
+
+def every_token(fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """fn(rows [V, V], ids [V]) -> [V], called with a copy of the policy per token: (values [V], gradients [V, V])."""
+    rows = logits.detach().repeat(len(logits), 1).requires_grad_()
+    values = fn(rows, torch.arange(len(logits)))
+    if not values.requires_grad:
+        return values, torch.zeros_like(rows)
+    (gradients,) = torch.autograd.grad(values.sum(), rows)
+    return values.detach(), gradients
+
+
+def expected(fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, sampler: Tensor) -> tuple[Tensor, Tensor]:
+    """Expected value and expected gradient (the weights are not differentiated) for tokens from softmax(sampler)."""
+    values, gradients = every_token(fn, logits)
+    w = torch.softmax(sampler, -1)
+    return w @ values, w @ gradients
+
+
+def scores(logits: Tensor) -> Tensor:
+    """Row v: grad log p(v) in the logits."""
+    return torch.eye(len(logits), dtype=torch.float64) - torch.softmax(logits, -1)
+
+
+def as_reward(fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
+    """The policy gradient E_p[value * s] of fn as a detached reward."""
+    values, _ = every_token(fn, logits)
+    return torch.softmax(logits, -1) @ (values.unsqueeze(-1) * scores(logits))
+
+
+# --- a tabular autoregressive model: 3 tokens, 3 steps, one row of logits per prefix --------------------------------
+
+TOKENS, STEPS = 3, 3
+SEQUENCES = torch.tensor(list(itertools.product(range(TOKENS), repeat=STEPS)))  # [27, 3]
+# The row of the table a sequence reads at each step: (), then (a), then (a, b).
+ROWS = torch.stack(
+    [
+        torch.zeros(len(SEQUENCES), dtype=torch.long),
+        1 + SEQUENCES[:, 0],
+        1 + TOKENS + TOKENS * SEQUENCES[:, 0] + SEQUENCES[:, 1],
+    ],
+    dim=1,
+)
+PREFIXES = 1 + TOKENS + TOKENS**2
+
+
+def tabular(seed: int = 0, spread: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Tables [13, 3] of a policy and of a reference."""
+    gen = torch.Generator().manual_seed(seed)
+    theta = torch.randn(PREFIXES, TOKENS, generator=gen, dtype=torch.float64)
+    return theta, theta + spread * torch.randn(PREFIXES, TOKENS, generator=gen, dtype=torch.float64)
+
+
+def sequence_logits(tables: Tensor) -> Tensor:
+    """Logits [27, 3, 3] along every sequence, from one table [13, 3] or a table per sequence [27, 13, 3]."""
+    if tables.dim() == 2:
+        return tables[ROWS]
+    return tables[torch.arange(len(SEQUENCES)).unsqueeze(-1), ROWS]
+
+
+def sequence_logps(tables: Tensor) -> Tensor:
+    """log p of every token of every sequence, [27, 3]."""
+    return torch.log_softmax(sequence_logits(tables), -1).gather(-1, SEQUENCES.unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_probabilities(tables: Tensor) -> Tensor:
+    return sequence_logps(tables).sum(-1).exp()
+
+
+def sequence_kl(tables: Tensor, ref_tables: Tensor) -> Tensor:
+    """KL over whole sequences of the first table from the second, by its definition."""
+    total = sequence_logps(tables).sum(-1)
+    return (total.exp() * (total - sequence_logps(ref_tables).sum(-1))).sum()
+
+
+def every_sequence(fn: Callable[[Tensor], Tensor], tables: Tensor) -> tuple[Tensor, Tensor]:
+    """fn(a table per sequence [27, 13, 3]) -> [27]: (values [27], gradients [27, 13, 3])."""
+    copies = tables.detach().expand(len(SEQUENCES), -1, -1).clone().requires_grad_()
+    values = fn(copies)
+    (gradients,) = torch.autograd.grad(values.sum(), copies)
+    return values.detach(), gradients
+
+
+def mean_and_variance(gradients: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact mean [13, 3] and total variance [] of a per-sequence gradient under the table's own samples."""
+    w = sequence_probabilities(tables).view(-1, 1, 1)
+    mean = (w * gradients).sum(0)
+    return mean, (w * (gradients - mean).square()).sum()
+
+
+def return_to_go(rewards: Tensor) -> Tensor:
+    """sum_{j>=t} reward_j."""
+    return rewards.flip(-1).cumsum(-1).flip(-1)
+
+
+# --- controllers -----------------------------------------------------------------------------------------------------
+
+
+def ziegler(coef: float, target: float, horizon: float, observations: list[tuple[float, int]]) -> list[float]:
+    """The coefficient after each (sequence KL, episodes)."""
+    history = []
+    for kl, episodes in observations:
+        error = kl / target - 1
+        error = 0.2 if error > 0.2 else -0.2 if error < -0.2 else error
+        coef = coef * (1 + error * episodes / horizon)
+        history.append(coef)
+    return history
