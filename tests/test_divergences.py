@@ -282,7 +282,7 @@ def test_blocks_of_rows_are_invisible(name, params, monkeypatch):
     logits, ref = logits_pair(11, 13)
     value, gradient = run(name, params, logits, ref)
     for elements in (1, 13, 40, 11 * 13 - 1):  # one row at a time; rows that do not divide into blocks
-        monkeypatch.setattr(divergences, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(divergences, "CPU_BLOCK", elements)
         blocked_value, blocked_gradient = run(name, params, logits, ref)
         torch.testing.assert_close(blocked_value, value, rtol=1e-14, atol=1e-16)
         torch.testing.assert_close(blocked_gradient, gradient, rtol=1e-14, atol=1e-16)
