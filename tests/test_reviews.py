@@ -76,7 +76,7 @@ def test_language_model_tokens_give_the_text_back(world):
         assert tokens[: len(start)] == start
 
 
-def test_files_are_those_of_the_brief_and_prompts_are_beginnings(world):
+def test_files_are_complete_and_prompts_are_beginnings(world):
     rows, train, test = (read(world / f"{name}.jsonl") for name in ("reviews", "prompts_train", "prompts_test"))
     splits = {split: [row["text"] for row in rows if row["split"] == split] for split in ("train", "held_out")}
     assert {split: len(texts) for split, texts in splits.items()} == {"train": 300, "held_out": 200}
