@@ -43,26 +43,24 @@ def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, k
 def require_causal_lm(model: nn.Module, role: str) -> None:
     """Raise TypeError unless `model` is a transformers causal language model with a head over the vocabulary."""
     from transformers import PreTrainedModel
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     inner = base_of(model)
     config = getattr(inner, "config", None)
-    # A masked LM has a vocabulary head too, but sees the future. (The names: the mappings of classes import them all.)
-    masked = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    # BERT and its kin have a vocabulary head too, but see the future unless told to be decoders.
+    encoder = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    sees_the_future = encoder and not getattr(config, "is_decoder", False)
     if not isinstance(inner, PreTrainedModel) or config is None:
         raise TypeError(f"{role}: expected a transformers causal language model, got {type(inner).__name__}")
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        or type(inner).__name__ in masked
-        or inner.get_output_embeddings() is None
-    ):
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if encoder_decoder or sees_the_future or inner.get_output_embeddings() is None:
         raise TypeError(
             f"{role}: expected a causal language model with a vocabulary head (AutoModelForCausalLM), "
             f"got {type(inner).__name__}"
         )
+    loaded_as = [a for a in getattr(config, "architectures", None) or () if a.endswith("ForSequenceClassification")]
+    if loaded_as:
+        raise TypeError(f"{role}: {config._name_or_path} is a {loaded_as[0]}; its vocabulary head would be random")
 
 
 def check_vocabularies(policy: nn.Module, reference: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:

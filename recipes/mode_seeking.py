@@ -9,7 +9,6 @@ forward fit at mean 10.000, variance 104.000; backward fit at mean 0.000, varian
 forward student has 67.4 % of its mass on valid words and covers all nine; the backward one 99.6 %, on three of them.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
-from trl import TrlParser
 
 import klft
+from klft.cli import one_line_errors, parse_arguments
 
 try:
     from matplotlib import pyplot as plt
@@ -136,15 +135,12 @@ def on_words(folder: Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        settings = TrlParser(Settings, usage=argparse.SUPPRESS).parse_args_and_config()[0]  # pyright: ignore
+    with one_line_errors():
+        (settings,) = parse_arguments((Settings,))
         if settings.grid < 141 or settings.steps < 1:
             raise ValueError(f"needs grid >= 141 and steps >= 1; got grid = {settings.grid}, steps = {settings.steps}")
         (folder := Path(settings.output_dir)).mkdir(parents=True, exist_ok=True)
         plt.rcParams.update({**STYLE, "savefig.dpi": 60 if settings.smoke else 160})  # pyright: ignore
         on_an_axis(folder, min(settings.grid, 561) if settings.smoke else settings.grid, settings.steps)
         on_words(folder, settings.steps)
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        print("mode_seeking:", *str(error).split(), file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"Pictures: {folder}/mode_seeking_*.png. Next: edit WORDS in this file, see which ones each direction keeps.")

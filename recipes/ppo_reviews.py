@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, pipeline
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from klft import PPOConfig, PPOTrainer
-from klft.ppo import RewardModel
+from klft.cli import one_line_errors, parse_arguments
+from klft.ppo import RewardModel, checkpoint_to_resume
 
 
 @dataclass
@@ -42,9 +43,12 @@ class RecipeArguments(ScriptArguments):
 def prompts(script: RecipeArguments, world: Path) -> tuple[Any, Any]:
     """(train, evaluation) prompts: a dataset by name, a local JSON file, or the reviews' (which have both)."""
     name = script.dataset_name
-    if name and not name.endswith((".json", ".jsonl")):
-        return load_dataset(name, script.dataset_config, split=script.dataset_train_split), None
-    train = load_dataset("json", data_files=name or str(world / "prompts_train.jsonl"), split="train")
+    try:
+        if name and not name.endswith((".json", ".jsonl")):
+            return load_dataset(name, script.dataset_config, split=script.dataset_train_split), None
+        train = load_dataset("json", data_files=name or str(world / "prompts_train.jsonl"), split="train")
+    except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
+        raise ValueError(f"--dataset_name {name}: {error.__cause__ or error or type(error).__name__}") from error
     return train, None if name else load_dataset("json", data_files=str(world / "prompts_test.jsonl"), split="train")
 
 
@@ -104,13 +108,14 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
         way_out = "Launch as the first line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {script.processes} process(es), got {args.world_size}. {way_out}")
     args.max_steps = 2 * args.steps_per_rollout if script.smoke else args.max_steps
+    checkpoint_to_resume(Path(args.output_dir or "."), args.resume_from_checkpoint)  # an error now rather than later
     world = Path() if model_args.model_name_or_path and script.dataset_name and script.reward else ensure_world()
     name = model_args.model_name_or_path or str(world / "reference")
     trust = {"revision": model_args.model_revision, "trust_remote_code": script.trust_remote_code}
-    given = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    given = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
     train, evaluation = prompts(script, world)
     return PPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(name, **trust, **{k: v for k, v in given.items() if v}),
+        model=AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **trust, **given),
         reward_funcs=reward(script, world),
         args=args,
         train_dataset=train,
@@ -122,13 +127,12 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
 
 def main(trainer: Any) -> None:
     args, evaluation, name = trainer.args, trainer.eval_dataset, trainer.model.config._name_or_path
-    console = Console(quiet=not trainer.is_world_process_zero())
+    console = Console(quiet=not trainer.is_world_process_zero(), markup=False, soft_wrap=True)
     console.print(f"{args.world_size} processes, {args.episodes_per_rollout} completions per rollout, policy {name}")
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(OneLine)
     before = trainer.evaluate() if evaluation else {}
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if evaluation else {}
     trainer.save_model(args.output_dir)
     console.print(kl_table(trainer.state.log_history))
@@ -137,14 +141,10 @@ def main(trainer: Any) -> None:
         console.print(what_they_say(trainer, name, list(evaluation["prompt"][:3])))
         console.print(f"On {n} held-out prompts the mean score went from {before[score]:.2f} to {after[score]:.2f},")
         console.print(f"at an exact reverse KL of {after[kl]:.1f} nats per sequence.")
-    console.print(f"The policy: {args.output_dir}. Next: the same with --kl_coef 0 shows what the penalty prevents.")
+    console.print(f"The policy: {args.output_dir}. What the penalty prevents: --kl_coef 0 --output_dir demo_out/free")
 
 
 if __name__ == "__main__":
-    try:
-        classes: Any = (RecipeArguments, PPOConfig, ModelConfig)
-        trainer = prepare(*TrlParser(classes).parse_args_and_config())
-    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
-        print(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else "", end="\n", file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors():
+        trainer = prepare(*parse_arguments((RecipeArguments, PPOConfig, ModelConfig)))
     main(trainer)

@@ -139,7 +139,7 @@ def test_smoke_run_writes_three_pictures(tmp_path):
         (["--grid", "many"], "many"),
         (["--girth", "3"], "girth"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--config"], "mode_seeking:"),
+        (["--config"], "--config needs"),
         (["--output_dir", str(RECIPE)], "mode_seeking.py"),
     ],
 )

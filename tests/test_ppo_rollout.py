@@ -236,7 +236,9 @@ def test_what_is_sampled_is_what_is_scored_whatever_the_model_brings_along(users
     prompt = torch.tensor([[5, 9, 9]]).expand(n, -1)
     wanted = tiny.config("unused", temperature=0.8, max_completion_length=1).generation_config([tiny.EOS], tiny.PAD)
     torch.manual_seed(0)
-    batch, _ = generate(model, prompt, torch.ones_like(prompt).bool(), [tiny.EOS], tiny.PAD, wanted)
+    batch, _ = generate(
+        model, prompt, torch.ones_like(prompt).bool(), [tiny.EOS], tiny.PAD, wanted, model.config.vocab_size
+    )
     scored = (model(prompt[:1]).logits[0, -1] / 0.8).softmax(-1)
     sampled = batch.completion_ids[:, 0].bincount(minlength=tiny.VOCABULARY) / n
     # The distance expected of so many honest draws, by their standard errors; a wrong distribution is 0.3 and more off.
@@ -360,6 +362,23 @@ def modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
+def test_ids_that_only_the_policy_has_are_never_sampled():
+    model = tiny.llama()
+    ids = torch.full((64, 1), 5)
+    wanted = tiny.config("unused", max_completion_length=4).generation_config([tiny.EOS], tiny.PAD)
+    batch, _ = generate(model, ids, torch.ones_like(ids).bool(), [tiny.EOS], tiny.PAD, wanted, 8)
+    assert batch.completion_ids.max() < 8
+
+
+def test_a_nan_in_generation_is_placed():
+    model = tiny.llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    ids = torch.full((2, 3), 5)
+    wanted = tiny.config("unused").generation_config([tiny.EOS], tiny.PAD)
+    with pytest.raises(ValueError, match=r"not finite for sample 0, position 3 \(2 of 2"):
+        generate(model, ids, torch.ones_like(ids).bool(), [tiny.EOS], tiny.PAD, wanted, tiny.VOCABULARY)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_module_gets_its_mode_back(fails):
     model = tiny.llama().train()
@@ -374,7 +393,7 @@ def test_every_module_gets_its_mode_back(fails):
 
     def go(ids):
         wanted = GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=[2], pad_token_id=0)
-        return generate(model, ids, torch.ones_like(ids).bool(), [2], 0, wanted)
+        return generate(model, ids, torch.ones_like(ids).bool(), [2], 0, wanted, model.config.vocab_size)
 
     if fails:
         with pytest.raises(IndexError):

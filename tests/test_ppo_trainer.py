@@ -592,3 +592,13 @@ def test_twenty_steps_give_the_losses_they_always_gave(tmp_path):
     assert len(found) == len(golden["steps"]) == 20
     for step, (mine, theirs) in enumerate(zip(found, golden["steps"], strict=True)):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5), f"step {step}"
+
+
+def test_an_adapter_is_drawn_from_the_seed(tmp_path):
+    made = []
+    for name in ("first", "second"):
+        torch.manual_seed(len(made))  # whatever was drawn before must not matter
+        run = tiny.trainer(tmp_path / name, given={"peft_config": tiny.lora()})
+        made.append({n: p.detach().clone() for n, p in run.model.named_parameters() if "lora_A" in n})
+    assert made[0]
+    assert not tiny.unequal(*made)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def seal(folder: Path, final: Path) -> None:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     with (folder / MARKER).open("w") as file:
-        json.dump({"files": sizes}, file, indent=1)
+        json.dump({"files": sizes, "written": time.time()}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     replaced = final.with_name(f"tmp-replaced-{final.name}")
@@ -53,9 +54,13 @@ def seal(folder: Path, final: Path) -> None:
 def what_is_wrong(folder: Path) -> str | None:
     """None for a complete checkpoint, else what is missing or cut short, by name."""
     try:
-        sizes = json.loads((folder / MARKER).read_text())["files"]
+        sizes = dict(json.loads((folder / MARKER).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder} has no readable {MARKER}: it was never finished"
+        return (
+            f"{folder} has no readable {MARKER}: it was never finished" if folder.is_dir() else f"{folder} is not there"
+        )
+    if not sizes:
+        return f"{folder / MARKER} names no file"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
@@ -65,10 +70,17 @@ def what_is_wrong(folder: Path) -> str | None:
     return None
 
 
+def _written(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / MARKER).read_text())["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime  # unfinished: it is skipped, but by name, so it must come in its turn
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders named checkpoint-N, newest first, complete or not."""
+    """The folders named checkpoint-N, complete or not: last written first, so that a new run's 5 precedes an old 20."""
     found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for _, path in sorted(found, key=lambda f: (_written(f[1]), f[0]), reverse=True)]
 
 
 def newest_complete(output_dir: Path) -> Path | None:
@@ -107,13 +119,13 @@ def differences(saved: dict, current: dict) -> list[str]:
 
 
 def choose(output_dir: Path, wanted: str | bool | None) -> Path | None:
-    """The checkpoint to resume from: the folder named, or for True the newest complete one.
+    """The checkpoint to resume from: the folder named, or for True the complete one written last.
 
     Raises ValueError if the named one is damaged (the file is named), or for True if there is none.
     """
-    if not wanted:
+    if not wanted or str(wanted).lower() == "false":
         return None
-    if isinstance(wanted, str):
+    if isinstance(wanted, str) and wanted.lower() != "true":
         problem = what_is_wrong(Path(wanted))
         if problem:
             raise ValueError(f"cannot resume: {problem}")
@@ -121,7 +133,7 @@ def choose(output_dir: Path, wanted: str | bool | None) -> Path | None:
     found = newest_complete(output_dir)
     if found is None:
         raise ValueError(f"cannot resume: there is no complete checkpoint in {output_dir}")
-    logger.info(f"resuming from {found}")
+    logger.warning(f"resuming from {found}")
     return found
 
 

@@ -39,6 +39,17 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "reward_clip": (0, False, math.inf, False),
     "missing_eos_penalty": (0, True, math.inf, False),
     "num_completions_to_print": (0, True, math.inf, False),
+    # The Trainer's own, which it takes as they come.
+    "per_device_train_batch_size": (1, True, math.inf, False),
+    "per_device_eval_batch_size": (1, True, math.inf, False),
+    "gradient_accumulation_steps": (1, True, math.inf, False),
+    "max_steps": (-1, True, math.inf, False),
+    "num_train_epochs": (0, False, math.inf, False),
+    "max_grad_norm": (0, True, math.inf, False),
+    "weight_decay": (0, True, math.inf, False),
+    "save_steps": (0, False, math.inf, False),
+    "logging_steps": (0, False, math.inf, False),
+    "seed": (0, True, math.inf, False),
     "learning_rate": (0, True, math.inf, False),
     "adam_epsilon": (0, True, math.inf, False),
 }
@@ -75,7 +86,9 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "More GenerationConfig fields, as a dict or JSON."}
     )
     kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty (its start if adaptive)."})
-    kl_estimator: str = field(default="k1", metadata={"help": f"One of {', '.join(ESTIMATES)}."})
+    kl_estimator: str = field(
+        default="k1", metadata={"help": f"One of {', '.join(ESTIMATES)}; exact: loss and reward."}
+    )
     kl_direction: str = field(default="reverse", metadata={"help": "reverse = KL(policy||reference), or forward."})
     kl_placement: str = field(default="reward", metadata={"help": f"One of {', '.join(PLACEMENTS)}."})
     kl_controller: str = field(default="fixed", metadata={"help": f"One of {', '.join(CONTROLLERS)}."})
@@ -163,6 +176,14 @@ class PPOConfig(TrainingArguments):
             found.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
         return found
 
+    @staticmethod
+    def resumed_fields() -> list[str]:
+        """Own fields that a resumed run may not change: all but those that only say how long, or what is shown."""
+        free = {"total_episodes", "log_completions", "num_completions_to_print"}
+        own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+        return [name for name in own if name not in free | inherited]
+
     @property
     def rollout_batch_size(self) -> int:
         """Prompts of one rollout, on each process."""
@@ -208,6 +229,16 @@ class PPOConfig(TrainingArguments):
         return {"pi": PIController, "target": TargetKL}[self.kl_controller](self.kl_coef, self.kl_target)
 
 
+def _unfit_for_generation(name: str) -> str | None:
+    if name in ("temperature", "top_p", "top_k"):
+        return f"{name} is a field of its own"
+    if name in ("max_new_tokens", "max_length"):
+        return f"{name} is max_completion_length here"
+    if name in ("do_sample", "num_beams", "num_return_sequences", "eos_token_id", "pad_token_id"):
+        return f"{name} cannot be changed: PPO samples one completion per prompt, until a known end"
+    return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
+
+
 def _problem(f: dataclasses.Field, value: typing.Any) -> list[str]:
     """What is wrong with one of our own fields; TrlParser lets wrong types, NaN and unknown choices through."""
     if f.name in _CHOICES and value not in _CHOICES[f.name]:
@@ -215,7 +246,7 @@ def _problem(f: dataclasses.Field, value: typing.Any) -> list[str]:
     if f.name in _BOUNDS:
         if value is None and f.default is None:
             return []
-        whole = f.type in (int, int | None)
+        whole = f.type in (int, int | None, "int", "int | None")
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             return [f"{f.name} must be {'a whole number' if whole else 'a number'}, got {value!r}"]
         low, low_in, high, high_in = _BOUNDS[f.name]
@@ -230,7 +261,9 @@ def _problem(f: dataclasses.Field, value: typing.Any) -> list[str]:
             given = json.loads(value) if isinstance(value, str) else value
         except json.JSONDecodeError:
             given = None
-        return [] if isinstance(given, dict) else [f"generation_kwargs must be a dict, or one in JSON, got {value!r}"]
+        if not isinstance(given, dict):
+            return [f"generation_kwargs must be a dict, or one in JSON, got {value!r}"]
+        return [f"generation_kwargs: {why}" for why in map(_unfit_for_generation, given) if why]
     if f.name == "reward_weights" and value is not None:
         numbers = isinstance(value, list) and all(
             isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in value

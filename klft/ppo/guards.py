@@ -19,6 +19,8 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
         result = work()
     except Exception as caught:
         error = caught
+    except SystemExit as caught:  # a reward function that exits would leave the other ranks waiting
+        error = RuntimeError(f"a call inside training tried to exit the process (code {caught.code})")
     report = None if error is None else "".join(traceback.format_exception(error))
     failed = [(rank, text) for rank, text in enumerate(gather_object([report])) if text]
     if error is not None:

@@ -38,7 +38,7 @@ class RewardModel:
         **model_init_kwargs: Any,
     ):
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, **model_init_kwargs)
+            model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **model_init_kwargs)
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise TypeError(
                 "a reward model must be a sequence-classification model (AutoModelForSequenceClassification), "

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl import apply_chat_template, is_conversational
 
 from klft.divergences import upcast
@@ -103,8 +103,31 @@ def spoken(tokenizer: Any, prompts: list, batch: Batch) -> list:
     ]
 
 
+class _Scored(LogitsProcessor):
+    """Samples from what is scored: only ids both models have. Stops at a NaN and says where."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        bad = (scores.isnan() | (scores == torch.inf)).any(-1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"the policy's logits are not finite for sample {bad[0]}, position {input_ids.shape[1]} ({len(bad)} of "
+                f"{len(scores)} samples). Try another precision (bf16 or fp32) or a lower learning rate."
+            )
+        scores[:, self.vocab_size :] = -torch.inf
+        return scores
+
+
 def generate(
-    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, ends: list[int], pad_id: int, config: GenerationConfig
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    ends: list[int],
+    pad_id: int,
+    config: GenerationConfig,
+    vocab_size: int,
 ) -> tuple[Batch, Tensor]:
     """(completions, terminated [B]), sampled from `model` (unwrapped). Its own generation_config is left as it was."""
     own = model.generation_config
@@ -113,7 +136,12 @@ def generate(
     model.generation_config = GenerationConfig()
     try:
         with evaluating(model):
-            ids = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config)
+            ids = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask.long(),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Scored(vocab_size)]),
+            )
     finally:
         model.generation_config = own
     completion_ids = ids[:, prompt_ids.shape[1] :]

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 def load_policy(model: Any) -> nn.Module:
     """A model id or path -> a causal LM; a model is checked and passed through."""
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
     require_causal_lm(model, "model")
     return model
 
@@ -48,6 +48,8 @@ def equip(
         reference = FrozenReference(reference)
     elif reference is None and peft_config is None:
         reference = AdapterReference(model)
+    if reference is not None and not hasattr(reference, "check_apart_from"):
+        raise TypeError(f"reference must be a model or a klft reference, got {type(reference).__name__}")
     if reference is not None:  # before the value function is attached: it is trained, and no part of the reference
         reference.check_apart_from(model)
         check_vocabularies(model, reference.model, tokenizer)
@@ -85,7 +87,10 @@ def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
     clash = {"prompts", "completions", "completion_ids"} & set(dataset.column_names)
     if clash:
         raise ValueError(f"{name}: rename the column(s) {sorted(clash)}; reward functions get the sampled ones")
-    filled = [i for i, prompt in enumerate(dataset["prompt"]) if prompt]
+    strange = next((i for i, p in enumerate(dataset["prompt"]) if p and not isinstance(p, (str, list))), None)
+    if strange is not None:
+        raise ValueError(f"{name}: prompt {strange} must be text or messages, got {dataset['prompt'][strange]!r}")
+    filled = [i for i, p in enumerate(dataset["prompt"]) if p and not (isinstance(p, str) and p.isspace())]
     if len(filled) < len(dataset):
         logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
         dataset = dataset.select(filled)

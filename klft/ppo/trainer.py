@@ -67,6 +67,9 @@ class PPOTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         args = args or PPOConfig(output_dir="ppo_output")
+        if not isinstance(args, PPOConfig):
+            raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
+        set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = load_policy(model)
         tokenizer = load_tokenizer(processing_class, model)
         self.reward_funcs = as_reward_functions(reward_funcs)
@@ -79,7 +82,8 @@ class PPOTrainer(Trainer):
             reference,
             direction=args.kl_direction,
             estimator=args.kl_estimator,
-            placement=args.kl_placement,
+            # "exact" means its loss and its reward together; alone in the reward it would be wrong.
+            placement="both" if (args.kl_estimator, args.kl_placement) == ("exact", "reward") else args.kl_placement,
             controller=args.controller(),
         )
         self.scorer = Scorer(reference, args.temperature, min(vocab_size(model), vocab_size(reference.model)))
@@ -167,7 +171,9 @@ class PPOTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
         config = self.args.generation_config(ends, pad_id)
         device = self.args.device
-        batch, terminated = generate(unwrapped, ids.to(device), mask.to(device), ends, pad_id, config)
+        batch, terminated = generate(
+            unwrapped, ids.to(device), mask.to(device), ends, pad_id, config, self.scorer.vocab_size
+        )
         return batch, terminated, spoken(tokenizer, prompts, batch)
 
     def _scores_by_function(self, rows: list[dict], batch: Batch, completions: list, learn: bool) -> Tensor:
@@ -201,7 +207,7 @@ class PPOTrainer(Trainer):
     ) -> tuple[Rollout, Table, dict]:
         """Generate, score, shape; what training and evaluation share. (rollout before whitening, table, facts)."""
         args = self.args
-        batch, terminated, completions = self._generate(rows)
+        batch, terminated, completions = on_all_ranks(self.accelerator, lambda: self._generate(rows))
         unwrapped = self.accelerator.unwrap_model(model)
         scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
         mask = batch.mask
@@ -413,12 +419,9 @@ class PPOTrainer(Trainer):
 
     def _run_facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that continues it."""
-        names = [
-            "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches",
-            "num_ppo_epochs", "seed", "kl_coef", "kl_estimator", "kl_direction", "kl_placement", "kl_controller",
-            "kl_target", "temperature", "max_completion_length",
-        ]  # fmt: skip
-        facts = {name: getattr(self.args, name) for name in names}
+        structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
+        facts = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
+        facts["reward_funcs"] = [reward_name(f) for f in self.reward_funcs]
         return facts | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -438,6 +441,7 @@ class PPOTrainer(Trainer):
             if self.args.should_save:
                 state = {
                     "run": self._run_facts(),
+                    "step": self.state.global_step,
                     "controller": self.penalty.state_dict(),
                     "moments": self._moments.state_dict(),
                     "episodes": self.episodes,
@@ -447,6 +451,9 @@ class PPOTrainer(Trainer):
 
     def _load_state(self, folder: Path) -> None:
         state = ckpt.read_state(folder)
+        done, wanted = state["step"], self.args.max_steps
+        if 0 < wanted <= done:
+            raise ValueError(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
         changed = ckpt.differences(state["run"], self._run_facts())
         if changed:
             raise ValueError(
