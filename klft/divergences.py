@@ -53,13 +53,9 @@ def _same(total: Tensor, *_params: float) -> Tensor:
     return total
 
 
-def _one(total: Tensor, *_params: float) -> Tensor:
-    return torch.ones_like(total)
-
-
 @dataclass(frozen=True)
 class Divergence:
-    """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` and `dfinish` in the sum.
+    """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` in the sum.
 
     A row that one sum cannot carry in floating point brings its own `total` and `gradient`.
     """
@@ -67,7 +63,6 @@ class Divergence:
     term: Callable[..., Tensor]
     dterm: Callable[..., Tensor]
     finish: Callable[..., Tensor] = _same
-    dfinish: Callable[..., Tensor] = _one
     total: Callable[..., Tensor] | None = None
     gradient: Callable[..., Tensor] | None = None
 
@@ -76,11 +71,11 @@ class Divergence:
         return self.total(lp, lq, *params) if self.total else self.term(lp, lq, *params).sum(-1)
 
     def logit_gradient(self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float) -> Tensor:
-        """d value / d logits: finish'(S) * (dterm_v - p_v * G)."""
+        """d value / d logits: dterm_v - p_v * G. A row whose `finish` changes the sum brings its own."""
         if self.gradient:
             return self.gradient(lp, lq, totals, *params)
         d = self.dterm(lp, lq, *params)
-        return self.dfinish(totals, *params)[..., None] * (d - lp.exp() * d.sum(-1, keepdim=True))
+        return d - lp.exp() * d.sum(-1, keepdim=True)
 
 
 def _jsd_term(lp: Tensor, lq: Tensor, b: float) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
+from klft.divergences import divergence
 from klft.masked import masked_sum, masked_var, masked_whiten, token_logps
-from klft.penalty import KLPenalty, TokenKL, TokenScores, score_logits
+from klft.penalty import KLPenalty, TokenKL, TokenScores
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
 from klft.ppo.completions import show_completions
@@ -296,7 +297,9 @@ class PPOTrainer(Trainer):
 
     def _kl_losses(self, logits: Tensor, logp: Tensor, micro: Rollout) -> Tensor:
         if self.penalty.estimator == "exact":
-            scores = score_logits(logits, self.scorer.reference_logits(micro), micro.completion_ids)
+            name = f"{self.penalty.direction}_kl"
+            exact = divergence(logits, self.scorer.reference_logits(micro), name)
+            scores = TokenScores(logp=logp, **{name: exact})
         else:
             scores = TokenScores(logp=logp, ref_logp=micro.ref_logp)
         return self.penalty.losses(TokenKL(scores, micro.mask, behaviour_logp=micro.old_logp))
