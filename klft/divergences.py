@@ -53,29 +53,39 @@ def _same(total: Tensor, *_params: float) -> Tensor:
     return total
 
 
+def _over_parts(totals: Tensor) -> Tensor:
+    return totals.sum(0)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` in the sum.
 
-    A row that one sum cannot carry in floating point brings its own `total` and `gradient`.
+    A row that one sum cannot carry in floating point brings its own `total`, `merge` and `gradient`.
     """
 
     term: Callable[..., Tensor]
     dterm: Callable[..., Tensor]
     finish: Callable[..., Tensor] = _same
     total: Callable[..., Tensor] | None = None
+    merge: Callable[[Tensor], Tensor] = _over_parts
     gradient: Callable[..., Tensor] | None = None
 
     def totals(self, lp: Tensor, lq: Tensor, *params: float) -> Tensor:
         """What `finish` reads: the sum of the terms over the vocabulary."""
         return self.total(lp, lq, *params) if self.total else self.term(lp, lq, *params).sum(-1)
 
-    def logit_gradient(self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float) -> Tensor:
-        """d value / d logits: dterm_v - p_v * G. A row whose `finish` changes the sum brings its own."""
+    def logit_gradient(
+        self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float, slope: Tensor | None = None
+    ) -> Tensor:
+        """d value / d logits: dterm_v - p_v * G. A row whose `finish` changes the sum brings its own.
+
+        `slope` is G [*] where lp and lq hold only a part of the vocabulary; `merge` is how the parts' totals add up.
+        """
         if self.gradient:
             return self.gradient(lp, lq, totals, *params)
         d = self.dterm(lp, lq, *params)
-        return d - lp.exp() * d.sum(-1, keepdim=True)
+        return d - lp.exp() * (d.sum(-1) if slope is None else slope)[..., None]
 
 
 def _jsd_term(lp: Tensor, lq: Tensor, b: float) -> Tensor:
@@ -127,6 +137,10 @@ def _renyi_totals(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     return torch.stack([_alpha_term(lp, lq, a).sum(-1), _log_power(lp, lq, a).logsumexp(-1)])
 
 
+def _renyi_merge(totals: Tensor) -> Tensor:
+    return torch.stack([totals[:, 0].sum(0), totals[:, 1].logsumexp(0)])
+
+
 def _renyi_finish(totals: Tensor, a: float) -> Tensor:
     gaps, log_power = totals
     return torch.where(log_power.abs() < 0.5, torch.log1p(a * (a - 1) * gaps), log_power) / (a - 1)
@@ -163,6 +177,7 @@ DIVERGENCES: dict[str, Divergence] = {
         term=_alpha_term,
         dterm=_alpha_dterm,
         total=_renyi_totals,
+        merge=_renyi_merge,
         finish=_renyi_finish,
         gradient=_renyi_gradient,
     ),
