@@ -1,0 +1,112 @@
+"""Who holds which rows of a vocabulary head, and the few collectives that make one distribution out of the parts.
+
+Two ways to split the vocabulary over W processes:
+
+- tensor parallel (`own_tokens=False`): every process has the same hidden states and V/W rows. It then holds N * V/W
+  logits: a real saving.
+- data parallel (`own_tokens=True`): every process has tokens of its own and V/W rows; hidden states are gathered,
+  gradients come back by reduce-scatter. That saves the head's memory, not the logits': tiles save those.
+
+What travels per tile of tokens: per-rank log-sum-exps (one gather), then the sums (one gather). Absent on purpose:
+`torch.distributed.nn`, whose collectives give gradients W times too large here. Gradients are written by hand.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows [start, stop) of a head over `vocab_size` tokens live on this process. `group` None: the default group.
+
+    own_tokens: False if the processes of the group score the same tokens, True if each has tokens of its own.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+    own_tokens: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.start <= self.stop <= self.vocab_size:
+            raise ValueError(
+                f"VocabShard: rows {self.start}..{self.stop} do not lie within a vocabulary of {self.vocab_size}"
+            )
+
+    @classmethod
+    def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None, own_tokens: bool = False) -> "VocabShard":
+        """This process's part of an even split, dealt as torch.chunk does, like a DTensor `Shard(0)`.
+
+        ceil(V / W) rows each; the last ranks may hold fewer, or none.
+        """
+        world, rank = (dist.get_world_size(group), dist.get_rank(group)) if dist.is_initialized() else (1, 0)
+        size = -(-vocab_size // world)
+        start = min(rank * size, vocab_size)
+        return cls(start, min(start + size, vocab_size), vocab_size, group, own_tokens)
+
+    @classmethod
+    def from_mesh(cls, vocab_size: int, mesh: Any, own_tokens: bool = False) -> "VocabShard":
+        """An even split over a 1-D DeviceMesh. ValueError for more dimensions: name the one to use, `mesh["tp"]`."""
+        if mesh.ndim != 1:
+            raise ValueError(f"VocabShard.from_mesh: a 1-D mesh is expected, got {mesh}; pick a dimension: mesh['tp']")
+        return cls.even(vocab_size, mesh.get_group(), own_tokens)
+
+    @classmethod
+    def from_dtensor(cls, weight: DTensor, own_tokens: bool = False) -> "VocabShard":
+        """The split a head's weight (or bias) already has. ValueError unless it is `Shard(0)` over a 1-D mesh."""
+        if tuple(weight.placements) != (Shard(0),):
+            raise ValueError(
+                f"VocabShard.from_dtensor: expected rows split over one mesh dimension, (Shard(dim=0),), got "
+                f"{tuple(weight.placements)} over {weight.device_mesh}"
+            )
+        return cls.from_mesh(weight.shape[0], weight.device_mesh, own_tokens)
+
+    @classmethod
+    def from_accelerator(cls, vocab_size: int, accelerator: Any) -> "VocabShard":
+        """Over the tensor-parallel group if `accelerate.Accelerator` has one, otherwise over the data-parallel one."""
+        mesh = accelerator.torch_device_mesh
+        if mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1:
+            return cls.from_mesh(vocab_size, mesh["tp"])
+        return cls.even(vocab_size, None, own_tokens=True)
+
+    @property
+    def world(self) -> int:
+        """Processes in the group."""
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This process within the group."""
+        return dist.get_rank(self.group) if dist.is_initialized() else 0
+
+    def gather(self, t: Tensor) -> Tensor:
+        """[*] -> [W, *]: every rank's tensor (all of one shape), on every rank, in rank order."""
+        if self.world == 1:
+            return t.unsqueeze(0)
+        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, t.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def most(self, n: int, device: torch.device) -> int:
+        """The largest `n` of any rank."""
+        return int(self.gather(torch.tensor(n, device=device)).max())
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sum over ranks, on every rank, in place: what each rank's rows add to the gradient of the hidden states."""
+        if self.world > 1:
+            dist.all_reduce(t, group=self.group)
+        return t
+
+    def sum_of_mine(self, t: Tensor) -> Tensor:
+        """[W * n, D] -> [n, D]: the sum over ranks of the part that belongs to this rank's tokens."""
+        if self.world == 1:
+            return t
+        mine = torch.empty_like(t[: len(t) // self.world])
+        dist.reduce_scatter(mine, list(t.contiguous().chunk(self.world)), group=self.group)
+        return mine
