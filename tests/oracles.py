@@ -6,6 +6,8 @@ small model is enumerated, so no test that uses them needs a seed, a sample size
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -104,6 +106,117 @@ def forward_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def forward_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     log_r = -k1(logp, ref_logp)
     return log_r.exp() * log_r - torch.expm1(log_r)
+
+
+# --- two models as hidden states and heads: [N, D] x [V, D] -> logits [N, V] ------------------------------------------
+
+# Every option of a head, alone and together; the reference has options of its own wherever the policy has one.
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 2.5},
+    "scale": {"scale": 0.6},
+    "temperature": {"temperature": 0.7},
+    "all": {"bias": True, "softcap": 2.5, "scale": 0.6, "temperature": 0.7},
+}
+
+
+def head_logits(hidden, weight, bias=None, *, scale=1.0, softcap=None, temperature=1.0) -> Tensor:
+    """cap(scale * (h W^T + b)) / temperature in the precision of its inputs: the truth in float64, naive below."""
+    logits = hidden @ weight.T
+    logits = scale * (logits if bias is None else logits + bias)
+    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
+
+
+def token_scores(logits: Tensor, ref_logits: Tensor, token_ids: Tensor) -> SimpleNamespace:
+    """Everything that is known of a sampled token and its position, [N] each."""
+    lp, lq = _pair(logits, ref_logits)
+    rows = torch.arange(len(token_ids))
+    return SimpleNamespace(
+        logp=lp[rows, token_ids],
+        ref_logp=lq[rows, token_ids],
+        entropy=entropy(logits),
+        ref_entropy=entropy(ref_logits),
+        reverse_kl=reverse_kl(logits, ref_logits),
+        forward_kl=forward_kl(logits, ref_logits),
+        top1_agree=(lp.argmax(-1) == lq.argmax(-1)).double(),
+    )
+
+
+@dataclass
+class TwoHeads:
+    """A policy and a reference that share a vocabulary only: their hidden sizes differ too."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    ref_bias: Tensor | None
+    token_ids: Tensor
+    temperature: float = 1.0
+    options: dict = field(default_factory=dict)
+    ref_options: dict = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden, self.weight, *([] if self.bias is None else [self.bias])]
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return head_logits(hidden, weight, bias, temperature=self.temperature, **self.options)
+
+    @property
+    def ref_logits(self) -> Tensor:
+        ref = (self.ref_hidden, self.ref_weight, self.ref_bias)
+        return head_logits(*ref, temperature=self.temperature, **self.ref_options).detach()
+
+    def tokens(self, rows) -> "TwoHeads":
+        """Of these tokens only."""
+        return replace(
+            self, hidden=self.hidden[rows], ref_hidden=self.ref_hidden[rows], token_ids=self.token_ids[rows]
+        )  # fmt: skip
+
+    def vocabulary(self, rows: Tensor) -> "TwoHeads":
+        """Over these words only, in this order; every sampled token must be among them."""
+        biases = [None if bias is None else bias[rows] for bias in (self.bias, self.ref_bias)]
+        place = {word: i for i, word in enumerate(rows.tolist())}
+        ids = torch.tensor([place[word] for word in self.token_ids.tolist()], dtype=torch.long)
+        return replace(
+            self, weight=self.weight[rows], ref_weight=self.ref_weight[rows], bias=biases[0], ref_bias=biases[1],
+            token_ids=ids,
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype) -> "TwoHeads":
+        """Rounded to a dtype; of a rounded one, `.to(torch.float64)` is the same numbers again."""
+        names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if x is None else x.to(dtype) for name, x in values.items()})
+
+
+def two_heads(tokens, vocab, kind="plain", *, dim=5, ref_dim=4, seed=0) -> TwoHeads:
+    """Logits of standard deviation about 1.5, with the options of a row of HEADS."""
+    given = HEADS[kind]
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, size=1.0):
+        return size * torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    biased = given.get("bias", False)
+    options = {name: given[name] for name in ("scale", "softcap") if name in given}
+    return TwoHeads(
+        normal(tokens, dim), normal(vocab, dim, size=1.5 / dim**0.5), normal(vocab) if biased else None,
+        normal(tokens, ref_dim), normal(vocab, ref_dim, size=1.5 / ref_dim**0.5),
+        normal(vocab) if biased else None,
+        torch.randint(vocab, (tokens,), generator=gen), given.get("temperature", 1.0), options,
+        {name: 1.3 * value for name, value in options.items()},
+    )  # fmt: skip
+
+
+def value_and_gradients(fn: Callable[..., Tensor], leaves: list[Tensor], weight: Tensor | float = 1.0) -> list[Tensor]:
+    """fn(*leaves) and the gradient of its (weighted) sum in each of them."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    value = fn(*leaves)
+    return [value.detach(), *torch.autograd.grad((value * weight).sum(), leaves)]
 
 
 # --- one position, every token ---------------------------------------------------------------------------------------

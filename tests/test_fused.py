@@ -1,0 +1,776 @@
+"""Divergences, scores and losses from hidden states and heads: the dense float64 result, without its logits."""
+
+import math
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from oracles import HEADS, TwoHeads, two_heads, value_and_gradients
+from test_divergences import ROWS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import klft
+from klft import fused
+from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores, torch_backend
+from klft.fused import tiles as fused_tiles
+from klft.heads import LMHead
+
+INF = math.inf
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+SIZES = [(7, 13), (11, 5), (1, 7), (6, 1), (0, 7)]  # tokens, vocabulary
+EVERYTHING = 1 << 30
+MANY = [*ROWS, ("entropy", ())]
+every_row = pytest.mark.parametrize(("name", "params"), MANY, ids=[f"{n}{list(p) or ''}" for n, p in MANY])
+every_divergence = pytest.mark.parametrize(("name", "params"), ROWS, ids=[f"{n}{list(p) or ''}" for n, p in ROWS])
+every_head = pytest.mark.parametrize("kind", HEADS)
+DIFFERENTIABLE = ("logp", "entropy", "reverse_kl", "forward_kl")
+CONSTANT = ("ref_logp", "ref_entropy", "top1_agree")
+
+
+def set_tile(monkeypatch, elements):
+    """Logits per tile; where they are few, so are the rows of one pass over a tile and of one slice of a weight."""
+    for name in ("CPU_TILE", "TILE"):
+        monkeypatch.setattr(fused, name, elements)
+    monkeypatch.setattr(torch_backend, "CPU_BLOCK", max(1, 2 * elements // 3))
+    monkeypatch.setattr(fused_tiles, "SLICE", EVERYTHING if elements == EVERYTHING else 11)
+
+
+def tiles(monkeypatch, vocab):
+    """One token at a time; blocks that do not divide the tokens; all at once."""
+    for elements in (1, 3 * vocab, EVERYTHING):
+        set_tile(monkeypatch, elements)
+        yield elements
+
+
+def weights(tokens):
+    return torch.linspace(-2, 3, tokens, dtype=torch.float64)  # a grad_output that is neither 1 nor of one sign
+
+
+def reference(two):
+    return two.ref_hidden, LMHead(two.ref_weight, two.ref_bias, **two.ref_options)
+
+
+def our_divergence(two, name, *params, **more):
+    keywords = {"weight" if name == "jsd" else "alpha": value for value in params}
+
+    def fn(hidden, weight, bias=None):
+        head = LMHead(weight, bias, **two.options)
+        return linear_divergence(
+            hidden, head, *reference(two), divergence=name, temperature=two.temperature, **keywords, **more
+        )  # fmt: skip
+
+    return fn
+
+
+def dense_divergence(two, name, *params):
+    def fn(*leaves):
+        if name == "entropy":
+            return oracles.entropy(two.logits(*leaves))
+        return getattr(oracles, name)(two.logits(*leaves), two.ref_logits, *params)
+
+    return fn
+
+
+def our_scores(two, hidden, weight, bias=None, **more):
+    head = LMHead(weight, bias, **two.options)
+    return token_scores(hidden, head, two.token_ids, *reference(two), temperature=two.temperature, **more)
+
+
+def dense_scores(two, *leaves):
+    return oracles.token_scores(two.logits(*leaves), two.ref_logits, two.token_ids)
+
+
+def our_loss(two, loss_fn, per_token=()):
+    def fn(hidden, weight, bias=None):
+        head = LMHead(weight, bias, **two.options)
+        temperature = {"temperature": two.temperature}
+        return fused_token_loss(
+            loss_fn, hidden, head, two.token_ids, *reference(two), **temperature, per_token=per_token
+        )  # fmt: skip
+
+    return fn
+
+
+def dense_loss(two, loss_fn, per_token=()):
+    return lambda *leaves: loss_fn(dense_scores(two, *leaves), *per_token)
+
+
+def mix(scores):
+    return 1.3 * scores.logp - 0.4 * scores.entropy + 0.7 * scores.reverse_kl + 2 * scores.forward_kl
+
+
+def masked_mix(scores, mask):
+    return torch.where(mask, mix(scores), 0.0).sum()
+
+
+# The three functions as one scalar of the policy's tensors, over the tokens that count: ours, dense.
+def our_total(function, two, mask):
+    if function == "linear_divergence":
+        return lambda *leaves: torch.where(mask, our_divergence(two, "reverse_kl")(*leaves), 0.0).sum()
+    if function == "token_scores":
+        return lambda *leaves: masked_mix(our_scores(two, *leaves), mask)
+    return our_loss(two, masked_mix, (mask,))
+
+
+def dense_total(function, two, plain=None):
+    if function == "linear_divergence":
+        return lambda *leaves: dense_divergence(two, "reverse_kl")(*leaves).sum()
+    return lambda *leaves: mix(dense_scores(two, *leaves)).sum()
+
+
+def all_tokens(two):
+    return torch.ones(len(two.hidden), dtype=torch.bool)
+
+
+every_function = pytest.mark.parametrize("function", ["linear_divergence", "token_scores", "fused_token_loss"])
+
+
+# --- values and gradients --------------------------------------------------------------------------------------------
+
+
+@every_row
+@every_head
+def test_divergence_is_the_dense_one(name, params, kind, monkeypatch):
+    for tokens, vocab in SIZES:
+        two = two_heads(tokens, vocab, kind)
+        truth = value_and_gradients(dense_divergence(two, name, *params), two.leaves, weights(tokens))
+        for _ in tiles(monkeypatch, vocab):
+            found = value_and_gradients(our_divergence(two, name, *params), two.leaves, weights(tokens))
+            assert found[0].shape == (tokens,)
+            assert {x.dtype for x in found} == {torch.float64}
+            torch.testing.assert_close(found, truth, **EXACT)
+
+
+@every_head
+def test_scores_are_the_dense_ones(kind, monkeypatch):
+    for tokens, vocab in SIZES:
+        two = two_heads(tokens, vocab, kind)
+        truth = dense_scores(two, *two.leaves)
+        for _ in tiles(monkeypatch, vocab):
+            with torch.no_grad():
+                found = our_scores(two, *two.leaves)
+            assert isinstance(found, TokenScores)
+            for field in (*DIFFERENTIABLE, *CONSTANT):
+                value = getattr(found, field)
+                assert value.shape == (tokens,), field
+                torch.testing.assert_close(value.double(), getattr(truth, field), **EXACT, msg=field)
+
+
+@every_head
+@pytest.mark.parametrize("field", [*DIFFERENTIABLE, "all"])
+def test_gradients_of_scores_are_the_dense_ones(kind, field, monkeypatch):
+    pick = mix if field == "all" else lambda scores: getattr(scores, field)
+    for tokens, vocab in SIZES:
+        two = two_heads(tokens, vocab, kind)
+        truth = value_and_gradients(lambda *x, t=two: pick(dense_scores(t, *x)), two.leaves, weights(tokens))
+        for _ in tiles(monkeypatch, vocab):
+            found = value_and_gradients(lambda *x, t=two: pick(our_scores(t, *x)), two.leaves, weights(tokens))
+            torch.testing.assert_close(found, truth, **EXACT)
+
+
+@pytest.mark.parametrize("field", ["logp", "entropy"])
+def test_scores_of_one_model_alone(field, monkeypatch):
+    two = two_heads(7, 13, "all")
+
+    def alone(hidden, weight, bias):
+        head = LMHead(weight, bias, **two.options)
+        scores = token_scores(hidden, head, two.token_ids, temperature=two.temperature, top_k=3)
+        for of_both in (*CONSTANT, "reverse_kl", "forward_kl", "ref_top_ids", "ref_top_p"):
+            assert getattr(scores, of_both) is None, of_both
+        assert scores.top_ids.shape == scores.top_p.shape == (7, 3)
+        return getattr(scores, field)
+
+    def loss(*leaves):
+        head = LMHead(*leaves[1:], **two.options)
+        return fused_token_loss(
+            lambda s, w: (getattr(s, field) * w).sum(), leaves[0], head, two.token_ids, temperature=two.temperature,
+            per_token=(weights(7),),
+        )  # fmt: skip
+
+    truth = value_and_gradients(lambda *x: getattr(dense_scores(two, *x), field), two.leaves, weights(7))
+    for _ in tiles(monkeypatch, 13):
+        torch.testing.assert_close(value_and_gradients(alone, two.leaves, weights(7)), truth, **EXACT)
+        value, *gradients = value_and_gradients(loss, two.leaves)
+        torch.testing.assert_close([value, *gradients], [truth[0] @ weights(7), *truth[1:]], **EXACT)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 13])
+def test_top_k_lists(top_k, monkeypatch):
+    two = two_heads(7, 13, "all")
+    probabilities = [torch.softmax(x, -1).topk(top_k) for x in (two.logits(*two.leaves), two.ref_logits)]
+    for _ in tiles(monkeypatch, 13):
+        scores = our_scores(two, *two.leaves, top_k=top_k)
+        found = [(scores.top_p, scores.top_ids), (scores.ref_top_p, scores.ref_top_ids)]
+        for (p, ids), dense in zip(found, probabilities, strict=True):
+            torch.testing.assert_close(p, dense.values, **EXACT)
+            assert torch.equal(ids, dense.indices)
+    assert our_scores(two, *two.leaves).top_ids is None
+
+
+@every_row
+def test_gradcheck_of_divergences(name, params, monkeypatch):
+    two = two_heads(3, 5, "all", dim=3)
+    set_tile(monkeypatch, 10)
+    leaves = [x.requires_grad_() for x in two.leaves]
+    assert torch.autograd.gradcheck(our_divergence(two, name, *params), leaves)
+
+
+def test_gradcheck_of_scores_and_loss(monkeypatch):
+    two = two_heads(3, 5, "all", dim=3)
+    set_tile(monkeypatch, 10)
+    leaves = [x.requires_grad_() for x in two.leaves]
+    assert torch.autograd.gradcheck(
+        lambda *x: [getattr(our_scores(two, *x), field) for field in DIFFERENTIABLE], leaves
+    )
+    assert torch.autograd.gradcheck(our_loss(two, lambda s: (s.reverse_kl * s.logp.exp()).sum()), leaves)
+
+
+# --- losses taken chunk by chunk -------------------------------------------------------------------------------------
+
+
+def clipped_ratio(scores, old_logp, advantages, keep):
+    ratio = (torch.where(keep, scores.logp, old_logp) - old_logp).exp()  # masked before exp: 0 * NaN is NaN
+    surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return torch.where(keep, surrogate + 0.3 * scores.reverse_kl, 0.0).sum()
+
+
+def k3(scores, *_):
+    log_r = scores.ref_logp - scores.logp
+    return (log_r.exp() - 1 - log_r).sum()
+
+
+LOSSES = {
+    "reverse_kl": lambda s, *_: s.reverse_kl.sum(),
+    "clipped_ratio": clipped_ratio,
+    "k3": k3,
+    "entropy_bonus": lambda s, old, advantages, *_: -(s.logp * advantages).sum() - 0.01 * s.entropy.sum(),
+    "constants_as_weights": lambda s, *_: (s.forward_kl * s.ref_logp / (1 + s.ref_entropy)).sum(),
+    "products_of_scores": lambda s, *_: (s.entropy * s.forward_kl.square() + s.logp * s.reverse_kl).sum(),
+}
+
+
+@every_head
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_is_the_dense_one(loss, kind, monkeypatch):
+    for tokens, vocab in [(7, 13), (1, 7), (0, 7)]:
+        two = two_heads(tokens, vocab, kind)
+        old_logp = dense_scores(two, *two.leaves).logp + torch.linspace(-0.5, 0.5, tokens).double()
+        per_token = (old_logp, weights(tokens), torch.arange(tokens) % 3 != 1)
+        truth = value_and_gradients(dense_loss(two, LOSSES[loss], per_token), two.leaves, -3.7)
+        for _ in tiles(monkeypatch, vocab):
+            found = value_and_gradients(our_loss(two, LOSSES[loss], per_token), two.leaves, -3.7)
+            assert found[0].shape == ()
+            torch.testing.assert_close(found, truth, **EXACT)
+
+
+def test_chunks_are_cut_in_order_and_to_the_tile(monkeypatch):
+    two = two_heads(11, 13)
+    columns = torch.arange(22).view(11, 2)
+    seen = []
+
+    def loss(scores, rows, numbers):
+        assert len(scores.logp) == len(scores.ref_entropy) == len(rows) == len(numbers)
+        assert (rows[:, 0] == 2 * numbers).all()
+        seen.append(numbers)
+        return scores.reverse_kl.sum()
+
+    for most in (1, 3, 11):
+        seen.clear()
+        set_tile(monkeypatch, most * 13 + 12)
+        our_loss(two, loss, (columns, torch.arange(11)))(*two.leaves)
+        assert torch.equal(torch.cat(seen), torch.arange(11))
+        assert 1 <= min(map(len, seen)) <= max(map(len, seen)) <= most
+        assert len(seen) == math.ceil(11 / most), "the loss is called once per chunk"
+
+
+def test_a_loss_that_reads_no_score_has_no_gradient():
+    two = two_heads(7, 13, "bias")
+    for constant in (lambda s: torch.tensor(2.5, dtype=torch.float64), lambda s: s.ref_logp.sum()):
+        _, *gradients = value_and_gradients(our_loss(two, constant), two.leaves)
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def test_a_loss_that_reads_a_trained_tensor_is_refused(monkeypatch):
+    two = two_heads(7, 13)
+    coef = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    hidden = two.hidden.requires_grad_()
+    losses = [
+        lambda s: (coef * s.reverse_kl).sum(),
+        lambda s: s.logp.sum() + (2 * coef).exp(),
+        lambda s: 2 * coef,
+        lambda s: s.logp.sum() + hidden.square().sum(),
+    ]
+    for _ in tiles(monkeypatch, 13):
+        for loss in losses:
+            with pytest.raises(ValueError, match="gradient"):
+                our_loss(two, loss)(hidden, two.weight.requires_grad_())
+        our_loss(two, lambda s: (coef.detach() * s.reverse_kl).sum())(hidden, two.weight).backward()
+    assert coef.grad is None
+
+
+def test_what_per_token_may_not_be():
+    two = two_heads(7, 13)
+    loss = lambda s, x: (s.logp * x).sum()
+    with pytest.raises(ValueError, match="per_token"):
+        our_loss(two, loss, (torch.ones(7, requires_grad=True),))(*two.leaves)
+    with pytest.raises(ValueError, match=r"per_token.*6.*7|per_token.*7.*6"):
+        our_loss(two, loss, (torch.ones(6),))(*two.leaves)
+    with pytest.raises((ValueError, TypeError)):
+        our_loss(two, lambda s: s.logp)(*two.leaves)
+
+
+# --- how the result is used ------------------------------------------------------------------------------------------
+
+
+@every_function
+def test_backward_twice_gives_gradients_of_their_own(function, monkeypatch):
+    two = two_heads(7, 13, "all")
+    truth = value_and_gradients(dense_total(function, two), two.leaves)[1:]
+    for _ in tiles(monkeypatch, 13):
+        leaves = [x.clone().requires_grad_() for x in two.leaves]
+        total = our_total(function, two, all_tokens(two))(*leaves)
+        total.backward(retain_graph=True)
+        torch.testing.assert_close([x.grad for x in leaves], truth, **EXACT)
+        for x in leaves:
+            x.grad.zero_()  # as clipping does, in place: must not reach what the graph keeps
+        total.backward(retain_graph=True)
+        torch.testing.assert_close([x.grad for x in leaves], truth, **EXACT)
+        total.backward()
+        torch.testing.assert_close([x.grad / 2 for x in leaves], truth, **EXACT)
+
+
+@every_function
+def test_gradients_add_up_over_calls(function):
+    two = two_heads(7, 13, "all")
+    truth = value_and_gradients(dense_total(function, two), two.leaves)[1:]
+    leaves = [x.clone().requires_grad_() for x in two.leaves]
+    total = our_total(function, two, all_tokens(two))
+    for _ in range(3):
+        total(*leaves).backward()
+    (total(*leaves) - 0.5 * total(*leaves)).backward()
+    torch.testing.assert_close([x.grad / 3.5 for x in leaves], truth, **EXACT)
+
+
+@every_function
+def test_without_gradient(function):
+    two = two_heads(7, 13, "all")
+    truth = dense_total(function, two)(*two.leaves)
+    total = our_total(function, two, all_tokens(two))
+    leaves = [x.clone().requires_grad_() for x in two.leaves]
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            value = total(*leaves)
+        assert not value.requires_grad
+        torch.testing.assert_close(value.clone(), truth, **EXACT)
+    value = total(*two.leaves)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, truth, **EXACT)
+
+
+@every_function
+@pytest.mark.parametrize("trained", [[0], [1], [2], [0, 1], [0, 2], [1, 2]], ids=str)
+def test_frozen_parts_get_no_gradient(function, trained):
+    two = two_heads(7, 13, "all")
+    truth = value_and_gradients(dense_total(function, two), two.leaves)[1:]
+    leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(two.leaves)]
+    our_total(function, two, all_tokens(two))(*leaves).backward()
+    for i, leaf in enumerate(leaves):
+        if i in trained:
+            torch.testing.assert_close(leaf.grad, truth[i], **EXACT)
+        else:
+            assert leaf.grad is None
+
+
+@every_function
+def test_reference_gets_no_gradient(function, monkeypatch):
+    two = two_heads(7, 13, "all")
+    truth = value_and_gradients(dense_total(function, two), two.leaves)
+    for x in (two.ref_hidden, two.ref_weight, two.ref_bias):
+        x.requires_grad_()
+    leaves = [x.clone().requires_grad_() for x in two.leaves]
+    our_total(function, two, all_tokens(two))(*leaves).backward()
+    assert two.ref_hidden.grad is two.ref_weight.grad is two.ref_bias.grad is None
+    torch.testing.assert_close([x.grad for x in leaves], truth[1:], **EXACT)
+    scores = our_scores(two, *leaves)
+    assert [getattr(scores, field).requires_grad for field in (*DIFFERENTIABLE, *CONSTANT)] == [True] * 4 + [False] * 3
+
+
+@every_function
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_tied_weights(function, kind, monkeypatch):
+    """One tensor is the embedding the hidden states come from, the policy's head and the reference's head."""
+    two = two_heads(7, 13, kind, ref_dim=5)
+    ids = two.token_ids.roll(1)
+
+    def run(total):
+        weight = two.weight.clone().requires_grad_()
+        own = replace(two, ref_weight=weight)
+        bias = [] if two.bias is None else [two.bias]
+        value = total(own)(torch.tanh(weight[ids] + two.hidden), weight, *bias)
+        value.backward()
+        return [value.detach(), weight.grad]
+
+    truth = run(lambda own: dense_total(function, own))
+    for _ in tiles(monkeypatch, 13):
+        torch.testing.assert_close(run(lambda own: our_total(function, own, all_tokens(own))), truth, **EXACT)
+
+
+@every_function
+def test_weight_and_hidden_that_are_computed_and_strided(function, monkeypatch):
+    two = two_heads(6, 13, "bias", dim=4)
+    gen = torch.Generator().manual_seed(3)
+    a, b, base = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in [(13, 2), (2, 4), (4, 12)])
+
+    def run(total):
+        leaves = [x.clone().requires_grad_() for x in (a, b, base)]
+        low, high, states = leaves
+        transposed = (two.weight.T.contiguous().T + low @ high).T.contiguous().T  # not contiguous, not a leaf
+        value = total(states.T[::2], transposed, two.bias.expand(2, -1).T[:, 0])
+        value.backward()
+        return [value.detach(), *[x.grad for x in leaves]]
+
+    truth = run(dense_total(function, two))
+    for _ in tiles(monkeypatch, 13):
+        torch.testing.assert_close(run(our_total(function, two, all_tokens(two))), truth, **EXACT)
+
+
+def test_expanded_grad_output():
+    two = two_heads(7, 13)
+    truth = value_and_gradients(dense_divergence(two, "jsd", 0.3), two.leaves, 1 / 7)
+    leaves = [x.clone().requires_grad_() for x in two.leaves]
+    our_divergence(two, "jsd", 0.3)(*leaves).mean().backward()
+    torch.testing.assert_close([x.grad for x in leaves], truth[1:], **EXACT)
+
+
+@every_function
+def test_a_second_derivative_is_right_or_refused(function):
+    two = two_heads(4, 7)
+    hidden = two.hidden.requires_grad_()
+
+    def twice(total):
+        (first,) = torch.autograd.grad(total(hidden, two.weight), hidden, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), hidden)[0]
+
+    try:
+        found = twice(our_total(function, two, all_tokens(two)))
+    except RuntimeError:
+        return
+    torch.testing.assert_close(found, twice(dense_total(function, two)), **EXACT)
+
+
+@pytest.mark.parametrize("function", ["linear_divergence", "token_scores"])
+def test_weight_changed_before_backward_is_refused(function):
+    two = two_heads(7, 13)
+    leaves = [x.clone().requires_grad_() for x in two.leaves]
+    total = our_total(function, two, all_tokens(two))(*leaves)
+    with torch.no_grad():
+        leaves[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+class Ledger(TorchDispatchMode):
+    """Multiplications of matrix products, and the most bytes alive at once of those that were made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.peak, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.overloadpacket.__name__:
+            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.products += left.numel() * right.shape[-1]
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[StorageWeakRef(storage)] = storage.nbytes()
+        if sum(self.alive.values()) > self.peak:  # only then is it worth to look which of them are gone
+            self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+            self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def cost(function, two, trained):
+    leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(two.leaves)]
+    mask = all_tokens(two)
+    with Ledger() as ledger:
+        total = our_total(function, two, mask)(*leaves)
+        if trained:
+            total.backward()
+    return ledger.products / (len(two.hidden) * two.weight.numel()), ledger.peak / (8 * two.logits(*leaves).numel())
+
+
+@pytest.mark.parametrize(
+    ("function", "trained", "products"),
+    [
+        ("fused_token_loss", [0, 1], 4),  # two heads, two gradients: nothing is computed twice
+        ("fused_token_loss", [0], 3),
+        ("fused_token_loss", [1], 3),
+        ("fused_token_loss", [], 2),
+        ("token_scores", [], 2),
+        ("token_scores", [0, 1], 6),
+        ("token_scores", [0], 5),
+        ("linear_divergence", [], 2),
+        ("linear_divergence", [0, 1], 6),
+        ("linear_divergence", [0], 5),
+    ],
+)
+def test_matrix_products_are_counted(function, trained, products, monkeypatch):
+    two = two_heads(64, 31, dim=4)
+    set_tile(monkeypatch, 5 * 31)
+    found, _ = cost(function, two, trained)
+    if function == "fused_token_loss" or not trained:
+        assert found == products
+    else:
+        assert products - 2 <= found <= products  # a backend may keep what it would otherwise compute again
+
+
+@every_function
+@pytest.mark.parametrize("trained", [[0, 1], []], ids=["trained", "no gradient"])
+def test_no_tensor_of_logits_size_is_ever_held(function, trained, monkeypatch):
+    two = two_heads(512, 199, dim=4)
+    set_tile(monkeypatch, 4 * 199)
+    assert cost(function, two, trained)[1] < 1 / 4
+    set_tile(monkeypatch, EVERYTHING)
+    assert cost(function, two, trained)[1] > 1, "the ledger sees the logits when they are there"
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+def all_results(two):
+    """Every divergence and its gradients, and every score."""
+    results = {
+        f"{name} {params}": value_and_gradients(
+            our_divergence(two, name, *params), two.leaves, weights(len(two.hidden))
+        )
+        for name, params in MANY
+    }
+    scores = our_scores(two, *two.leaves)
+    return results | {"scores": [getattr(scores, field) for field in (*DIFFERENTIABLE, *CONSTANT)]}
+
+
+def assert_same(found, expected, change=lambda gradients: gradients, **tolerance):
+    for name, (value, *gradients) in expected.items():
+        moved = [value, *gradients] if name == "scores" else [value, *change(gradients)]
+        torch.testing.assert_close(found[name], moved, **(tolerance or EXACT), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(params=[3 * 13, EVERYTHING], ids=["tiles", "one tile"])
+def tiled(request, monkeypatch):
+    set_tile(monkeypatch, request.param)
+
+
+def test_a_constant_in_either_bias_changes_nothing(tiled):
+    two = two_heads(7, 13, "bias")
+    truth = all_results(two)
+    for shift, ref_shift in [(30.0, 0.0), (0.0, -50.0), (-20.0, 40.0)]:
+        assert_same(all_results(replace(two, bias=two.bias + shift, ref_bias=two.ref_bias + ref_shift)), truth)
+
+
+def test_the_order_of_the_vocabulary_changes_nothing(tiled):
+    two = two_heads(7, 13, "all")
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(1))
+    assert_same(all_results(two.vocabulary(order)), all_results(two), lambda g: [g[0], g[1][order], g[2][order]])
+
+
+def test_the_order_of_the_tokens_changes_nothing(tiled):
+    two = two_heads(7, 13, "all")
+    found = our_divergence(two.tokens(torch.arange(6, -1, -1)), "reverse_kl")(two.hidden.flip(0), *two.leaves[1:])
+    torch.testing.assert_close(found.flip(0), our_divergence(two, "reverse_kl")(*two.leaves), **EXACT)
+
+
+def test_mirror_laws(tiled):
+    two = two_heads(7, 13, "all")
+    mirrored = replace(
+        two, hidden=two.ref_hidden, weight=two.ref_weight, bias=two.ref_bias, options=two.ref_options,
+        ref_hidden=two.hidden, ref_weight=two.weight, ref_bias=two.bias, ref_options=two.options,
+    )  # fmt: skip
+    for (name, *params), (other, *others) in [
+        (("forward_kl",), ("reverse_kl",)),
+        (("jsd", 0.3), ("jsd", 0.7)),
+        (("skew_kl", 0.2), ("skew_reverse_kl", 0.2)),
+        (("alpha_divergence", 0.3), ("alpha_divergence", 0.7)),
+    ]:
+        found = our_divergence(two, name, *params)(*two.leaves)
+        torch.testing.assert_close(found, our_divergence(mirrored, other, *others)(*mirrored.leaves), **EXACT)
+    scores, swapped = our_scores(two, *two.leaves), our_scores(mirrored, *mirrored.leaves)
+    assert torch.equal(scores.top1_agree, swapped.top1_agree)
+    torch.testing.assert_close(scores.forward_kl, swapped.reverse_kl, **EXACT)
+    torch.testing.assert_close(scores.ref_logp, swapped.logp, **EXACT)
+
+
+def dead_words(two, dead, policy=True, ref=True, value=-INF):
+    """Words that neither model, or one of them, can say."""
+    two = replace(two, bias=two.bias.clone(), ref_bias=two.ref_bias.clone())
+    if policy:
+        two.bias[dead] = value
+    if ref:
+        two.ref_bias[dead] = value
+    return two
+
+
+def test_words_that_neither_model_can_say_change_nothing(tiled):
+    wide = dead_words(two_heads(7, 13, "bias"), dead := torch.tensor([0, 4, 11, 12]))
+    alive = torch.tensor([i for i in range(13) if i not in dead])
+    wide.token_ids = alive[wide.token_ids % len(alive)]
+    found = all_results(wide)
+    assert_same({name: [x[0], x[1], x[2][alive], x[3][alive]] if name != "scores" else x for name, x in found.items()},
+                all_results(wide.vocabulary(alive)))  # fmt: skip
+    for name, (_, *gradients) in found.items():
+        if name != "scores":
+            assert not any(g[dead].any() for g in gradients[1:]), name
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+def test_words_that_one_model_alone_can_say(name, tiled):
+    dead = torch.tensor([0, 12])
+    policy_only = {"reverse_kl": True, "forward_kl": False}[name]  # a word of the policy alone: KL(p||q) is infinite
+    infinite = dead_words(two_heads(7, 13, "bias"), dead, policy=not policy_only, ref=policy_only)
+    assert torch.equal(our_divergence(infinite, name)(*infinite.leaves), torch.full((7,), INF, dtype=torch.float64))
+    assert (getattr(our_scores(infinite, *infinite.leaves), name) == INF).all()
+    # The other way round the word has no weight. -1e3 is no mass either: its exp underflows to 0 in float64.
+    sides = {"policy": policy_only, "ref": not policy_only}
+    finite, near = (dead_words(two_heads(7, 13, "bias"), dead, **sides, value=v) for v in (-INF, -1e3))
+    found = value_and_gradients(our_divergence(finite, name), finite.leaves, weights(7))
+    torch.testing.assert_close(
+        found, value_and_gradients(dense_divergence(near, name), near.leaves, weights(7)), **EXACT
+    )  # fmt: skip
+    # A token left out because it is infinite contributes nothing.
+    _, *gradients = value_and_gradients(
+        lambda *x: torch.where((kl := our_divergence(infinite, name)(*x)) == INF, 0.0, kl), infinite.leaves
+    )
+    assert not any(g.any() for g in gradients)  # NaN counts as any
+
+
+@pytest.mark.parametrize(("name", "param"), [("jsd", 0.5), ("skew_kl", 0.1), ("skew_reverse_kl", 0.1)])
+@pytest.mark.parametrize("side", ["policy", "ref"])
+def test_bounded_divergences_stay_finite_where_one_model_has_no_mass(name, param, side, tiled):
+    sides = {"policy": side == "policy", "ref": side == "ref"}
+    cut, near = (dead_words(two_heads(7, 13, "bias"), torch.tensor([2, 9]), **sides, value=v) for v in (-INF, -700.0))
+    found = value_and_gradients(our_divergence(cut, name, param), cut.leaves, weights(7))
+    truth = value_and_gradients(our_divergence(near, name, param), near.leaves, weights(7))
+    torch.testing.assert_close(found, truth, **EXACT)
+
+
+@every_function
+@pytest.mark.parametrize("poison", [math.nan, INF, -INF])
+def test_masked_tokens_contribute_nothing(function, poison, monkeypatch):
+    clean = two_heads(9, 13, "bias")
+    mask = torch.tensor([True, False, True, True, False, True, False, False, True])
+    kept = clean.tokens(mask)
+    truth = value_and_gradients(dense_total(function, kept), kept.leaves)
+    two = replace(clean, hidden=clean.hidden.clone(), ref_hidden=clean.ref_hidden.clone())
+    two.hidden[1], two.ref_hidden[4] = poison, poison
+    two.hidden[6], two.ref_hidden[6] = poison, poison
+    two.hidden[7, 2] = poison  # one number is enough to spoil a row
+    for _ in tiles(monkeypatch, 13):
+        value, hidden, *head = value_and_gradients(our_total(function, two, mask), two.leaves)
+        torch.testing.assert_close([value, hidden[mask], *head], truth, **EXACT)
+        assert torch.equal(hidden[~mask], torch.zeros(4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_huge_logits_and_one_hot_rows(dtype, tiled):
+    eye = torch.eye(6, dtype=dtype)
+    rows = 2e4 * torch.cat([eye, eye, torch.zeros_like(eye)]) - 1e4
+    ref_rows = 2e4 * torch.cat([eye, eye.roll(1, 0), eye]) - 1e4
+    two = TwoHeads(rows, eye, None, ref_rows, eye, None, torch.arange(18) % 6)
+    dense = two.to(torch.float64)
+    for name, params in MANY:
+        found = value_and_gradients(our_divergence(two, name, *params), two.leaves)
+        assert (found[0] >= 0).all(), name
+        if (name, params) not in [("alpha_divergence", (2.0,)), ("alpha_divergence", (-1.0,))]:  # infinite here
+            assert all(x.isfinite().all() for x in found), name
+        assert torch.equal(found[0][:6], torch.zeros(6, dtype=dtype)), name
+        # The plain formulas give 0 * inf here; the dense functions have their own tests at these sizes.
+        apart = getattr(klft, name)(dense.hidden, *(() if name == "entropy" else (dense.ref_hidden, *params)))
+        torch.testing.assert_close(found[0].double(), apart, rtol=1e-5, atol=1e-7)
+    scores = our_scores(two, *two.leaves)
+    assert torch.equal(scores.reverse_kl[6:12], torch.full((6,), 2e4, dtype=dtype))
+    assert torch.equal(scores.ref_logp[6:12], torch.full((6,), -2e4, dtype=dtype))
+    assert scores.top1_agree[:12].tolist() == [1] * 6 + [0] * 6
+    torch.testing.assert_close(scores.entropy[12:], torch.full((6,), math.log(6), dtype=dtype))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def calls(two):
+    """Each function, from the keyword arguments of a right call."""
+    hidden, head, ids = two.hidden, LMHead(two.weight, two.bias), two.token_ids
+    models = {"hidden": hidden, "head": head, "ref_hidden": two.ref_hidden}
+    models["ref_head"] = LMHead(two.ref_weight, two.ref_bias)
+    return {
+        "linear_divergence": lambda **bad: linear_divergence(**(models | bad)),
+        "token_scores": lambda **bad: token_scores(**(models | {"token_ids": ids} | bad)),
+        "fused_token_loss": lambda **bad: fused_token_loss(
+            lambda s: s.logp.sum(), **(models | {"token_ids": ids} | bad)
+        ),
+    }  # fmt: skip
+
+
+def refused(function, match, **bad):
+    call = calls(two_heads(7, 13, "bias"))[function]
+    call()
+    with pytest.raises(ValueError, match=match):
+        call(**bad)
+
+
+@every_function
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, INF])
+def test_temperatures_that_are_none(function, temperature):
+    refused(function, f"temperature.*{temperature}", temperature=temperature)
+
+
+@every_function
+def test_shapes_that_do_not_fit(function):
+    ones = lambda *shape: torch.ones(*shape, dtype=torch.float64)
+    refused(function, "7, 6", hidden=ones(7, 6))
+    refused(function, "7, 3", ref_hidden=ones(7, 3))
+    refused(function, "2, 7, 5", hidden=ones(2, 7, 5))
+    refused(function, r"[([]5,?[)\]]", hidden=ones(5))
+    refused(function, r"6.*7|7.*6", ref_hidden=ones(6, 4))
+    refused(function, r"(?s)13.*12|12.*13", ref_head=LMHead(ones(12, 4)))  # padded to another size: cut by the caller
+
+
+@pytest.mark.parametrize("function", ["token_scores", "fused_token_loss"])
+def test_tokens_that_do_not_fit(function):
+    ids = torch.arange(7)
+    refused(function, r"6.*7|7.*6", token_ids=ids[:6])
+    refused(function, r"(?s)13", token_ids=ids + 7)  # the last is 13, one past the vocabulary
+    refused(function, r"(?s)-100", token_ids=torch.where(ids == 3, -100, ids))  # the label that others ignore
+    refused(function, "ref_h", ref_head=None)
+    refused(function, "ref_h", ref_hidden=None)
+
+
+def test_divergences_that_are_none():
+    refused("linear_divergence", "'kl'", divergence="kl")
+    with pytest.raises(ValueError, match="'kl'") as error:
+        calls(two_heads(7, 13))["linear_divergence"](divergence="kl")
+    for name in (*{name for name, _ in ROWS}, "entropy"):
+        assert name in str(error.value)
+    refused("linear_divergence", "jsd: .*weight.*forward_kl.*reverse_kl", divergence="jsd", weight=1.0)
+    refused("linear_divergence", "skew_kl: .*alpha", divergence="skew_kl", alpha=0.0)
+    refused("linear_divergence", "alpha_divergence: .*alpha", divergence="alpha_divergence", alpha=1.0)
+    refused("linear_divergence", "renyi_divergence: .*alpha", divergence="renyi_divergence", alpha=-0.5)
+    refused("linear_divergence", "backend", backend="abacus")
+    for params in ({"alpha": 0.5}, {"weight": 0.5}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(params))):
+            calls(two_heads(7, 13))["linear_divergence"](divergence="reverse_kl", **params)
+
+
+def test_defaults_are_those_of_the_dense_functions():
+    two = two_heads(7, 13)
+    assert torch.equal(calls(two)["linear_divergence"](), our_divergence(two, "reverse_kl")(*two.leaves))
+    for name, default in [("jsd", 0.5), ("skew_kl", 0.1), ("skew_reverse_kl", 0.1), ("alpha_divergence", 0.5),
+                          ("renyi_divergence", 0.5)]:  # fmt: skip
+        found = our_divergence(two, name)(*two.leaves)
+        assert torch.equal(found, our_divergence(two, name, default)(*two.leaves))
