@@ -23,8 +23,11 @@ from klft.divergences import (
     skew_reverse_kl,
 )
 from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
+from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores
+from klft.heads import LMHead
 from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
 from klft.shaping import shape_rewards
+from klft.sharding import VocabShard
 
 if TYPE_CHECKING:
     from klft.penalty import KLPenalty
@@ -42,10 +45,11 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "PIController", "PPOConfig",
-    "PPOTrainer", "ScheduledKL", "TargetKL", "alpha_divergence", "entropy", "estimate_kl", "forward_k1", "forward_k3",
-    "forward_kl", "jsd", "k1", "k2", "k3", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
-    "renyi_divergence", "reverse_kl", "shape_rewards", "skew_kl", "skew_reverse_kl", "token_logps", "top_k_kl",
+    "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "LMHead", "PIController", "PPOConfig",
+    "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence", "entropy", "estimate_kl",
+    "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "jsd", "k1", "k2", "k3", "linear_divergence",
+    "masked_mean", "masked_sum", "masked_var", "masked_whiten", "renyi_divergence", "reverse_kl", "shape_rewards",
+    "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
 ]  # fmt: skip
 
 

@@ -20,25 +20,13 @@ from torch import Tensor
 from klft.controllers import Controller, FixedKL
 from klft.divergences import entropy, forward_kl, reverse_kl
 from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
+from klft.fused import TokenScores
 from klft.masked import token_logps
 from klft.reference import AdapterReference, FrozenReference, VocabularyCut
 from klft.shaping import shape_rewards
 
 PLACEMENTS = ("reward", "loss", "both")
 ESTIMATES = ("k1", "k2", "k3", "exact")
-
-
-@dataclass
-class TokenScores:
-    """Per token, in nats: what both models say of the sampled token and how far apart they are over the vocabulary."""
-
-    logp: Tensor
-    ref_logp: Tensor | None = None
-    entropy: Tensor | None = None
-    ref_entropy: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    forward_kl: Tensor | None = None
-    top1_agree: Tensor | None = None
 
 
 def score_logits(

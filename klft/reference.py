@@ -1,7 +1,8 @@
 """The frozen reference: whatever the policy must stay close to, as a thing that gives logits and never learns.
 
 `reference(input_ids, attention_mask, keep)` returns the logits of the last `keep` positions, [B, keep, V], under
-no_grad, in eval mode, with the tokens at the positions they would have without padding.
+no_grad, in eval mode, with the tokens at the positions they would have without padding. `reference.hidden(...)`, with
+the same arguments, returns what its head would have read and the head, and computes no logits.
 """
 
 import inspect
@@ -13,16 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from klft.heads import LMHead, base_of, hidden_states
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
 def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict:
@@ -114,6 +112,13 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
+@torch.no_grad()
+def _hidden(model: nn.Module, inputs: dict, keep: int) -> tuple[Tensor, LMHead]:
+    with hidden_states(model) as kept:
+        model(**inputs)
+    return kept.hidden[:, -keep:], LMHead.from_model(model)
+
+
 class FrozenReference:
     """A separate model, frozen: eval mode, no parameter asks for a gradient. TypeError for anything but a causal LM.
 
@@ -143,6 +148,15 @@ class FrozenReference:
         self.model.eval()  # a trainer that walks over modules may have flipped it
         with torch.no_grad():
             return self.model(**inputs).logits[:, -keep:].to(input_ids.device)
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
+        """(hidden states, head), both on the reference's own device."""
+        device = next(self.model.parameters()).device
+        inputs = causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
+        self.model.eval()
+        return _hidden(self.model, inputs, keep)
 
 
 class AdapterReference:
@@ -178,3 +192,11 @@ class AdapterReference:
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
             return self.model(**inputs).logits[:, -keep:]
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
+        """(hidden states, head) of the base model."""
+        inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
+        with evaluating(self.model), self.model.disable_adapter():
+            return _hidden(self.model, inputs, keep)

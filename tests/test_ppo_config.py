@@ -47,7 +47,7 @@ DEFAULTS = {
     "num_completions_to_print": 4,
 }
 # Beyond the documented list, and the Trainer's own whose default is another here.
-MORE = {"normalize_scores": False, "bootstrap_truncated": False}
+MORE = {"normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto"}
 CHANGED = {
     "learning_rate": 3e-6,
     "adam_epsilon": 1e-5,
@@ -60,7 +60,7 @@ MAY_BE_ABSENT = {"kl_log_tokens"}
 INHERITED = {f.name for f in dataclasses.fields(TrainingArguments)}
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig)}
 OWN = {name: f for name, f in FIELDS.items() if name not in INHERITED}
-CHOICES = ("kl_estimator", "kl_direction", "kl_placement", "kl_controller")
+CHOICES = ("kl_estimator", "kl_direction", "kl_placement", "kl_controller", "kl_shard_vocab")
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def refused_values(name):
         dict: [3, NAN, True, ["top_k"], "not json", "[1]", '"text"', "3"],
         list: [3, 1.5, "1.0", True, NAN, ["1.0"], [NAN], [INF], [None], [True], [[1.0]], {"f": 1.0}],
     }[kind(f)]
-    return values + ([] if optional else [None])
+    return [v for v in values if (name, v) != ("kl_shard_vocab", "none")] + ([] if optional else [None])
 
 
 def cases(names):
@@ -182,6 +182,7 @@ def test_an_unknown_choice_lists_the_known_ones(config, name):
         "kl_direction": "reverse, forward",
         "kl_placement": "reward, loss, both",
         "kl_controller": "fixed, adaptive, pi, target",
+        "kl_shard_vocab": "auto, tp, dp, none",
     }[name]
     with pytest.raises(ValueError, match=f"{name} must be one of {known}, got 'backward'"):
         config(**{name: "backward"})

@@ -46,6 +46,7 @@ AGREE = {
     "accumulated": (2, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}),
     "exact": (4, {"kl_estimator": "exact", "kl_placement": "both"}),
     "adaptive": (4, {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 40, "num_ppo_epochs": 2}),
+    "vocabulary": (4, {"kl_estimator": "exact", "kl_placement": "both", "kl_shard_vocab": "dp"}),
     "lengths": (4, {"train_sampling_strategy": "sequential"}),
     "adapter": (4, {}),
     "value model": (4, {"bootstrap_truncated": True}),

@@ -7,8 +7,10 @@ import logging
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+import klft.fused
 from klft import FrozenReference
 from klft.masked import token_logps
 from klft.ppo.rollout import Batch, Scorer, completion_mask, eos_ids, generate, tokenize_prompts
@@ -150,13 +152,37 @@ def test_scoring_is_the_same_however_many_rows_at_a_time(make):
     torch.testing.assert_close(parts[1:], whole[1:], rtol=0, atol=1e-5)
 
 
-def test_the_training_forward_gives_the_logits_alone_their_own_memory():
-    """Logits exist for `keep` positions of one micro-batch: not for the prompt, not for the whole rollout."""
-    model = with_head(tiny.llama())
-    shapes = []
-    model.lm_head.register_forward_hook(lambda _module, _args, output: shapes.append(tuple(output.shape)))
-    Scorer(FrozenReference(tiny.llama(seed=5)), 1.0, tiny.VOCABULARY).score(model, model, a_batch(), 2)
-    assert shapes == [(2, 6, tiny.VOCABULARY)] * 3
+class Widest(TorchDispatchMode):
+    """The most rows of any tensor whose last dimension is the vocabulary, but the head's own [16, V]."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.shape[-1:] == (4 * tiny.VOCABULARY,) and t.shape[0] != 16:
+                self.rows = max(self.rows, t.numel() // t.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("estimator", ["k1", "exact"])
+def test_logits_never_exist_whole(estimator, tmp_path, monkeypatch):
+    """A tile of 3 tokens is the most there is in scoring and in training; generation has one row per completion."""
+    monkeypatch.setattr(klft.fused, "CPU_TILE", 3 * 4 * tiny.VOCABULARY)
+    large = {"vocab_size": 4 * tiny.VOCABULARY}
+    run = tiny.trainer(
+        tmp_path, tiny.llama(**large), given={"reference": tiny.llama(5, **large)}, max_steps=1, kl_estimator=estimator,
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    with Widest() as seen:
+        run.train()
+    assert 2 <= seen.rows <= 3
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 5))
+    with Widest() as seen:
+        run.model(ids)
+    assert seen.rows == 10
 
 
 def test_no_score_of_generation_outlives_it(tmp_path):
@@ -286,7 +312,7 @@ def test_what_follows_the_end_changes_nothing(tmp_path):
     assert torch.equal(results[0][0], results[1][0])
     assert not tiny.unequal(results[0][1], results[1][1])
     scored = [run.scorer.score(run.model, run.model, batch, 4) for batch in (rollout, noisy)]
-    for name in vars(scored[0][0]):
+    for name in [name for name, value in vars(scored[0][0]).items() if value is not None]:
         clean, dirty = (getattr(s[0], name)[rollout.mask] for s in scored)
         assert torch.equal(clean, dirty), name
 

@@ -15,6 +15,7 @@ from klft.estimators import DIRECTIONS
 from klft.penalty import ESTIMATES, PLACEMENTS, check_combination
 
 CONTROLLERS = ("fixed", "adaptive", "pi", "target")
+VOCABULARY_SPLITS = ("auto", "tp", "dp", "none")
 
 # What every number must satisfy: name -> (lower bound, inclusive?, upper bound, inclusive?)
 _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
@@ -58,6 +59,7 @@ _CHOICES = {
     "kl_direction": DIRECTIONS,
     "kl_placement": PLACEMENTS,
     "kl_controller": CONTROLLERS,
+    "kl_shard_vocab": VOCABULARY_SPLITS,
 }
 
 
@@ -96,6 +98,13 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "KL per sequence, in nats, that a controller aims at."}
     )
     kl_horizon: int = field(default=10000, metadata={"help": "Episodes over which kl_controller=adaptive reacts."})
+    kl_shard_vocab: str = field(
+        default="auto",
+        metadata={
+            "help": "Who computes which rows of the vocabulary. auto: as the head lies; tp: its rows, as tensor "
+            "parallelism laid them; dp: data-parallel processes share them and swap hidden states; none: everyone all."
+        },
+    )
     target_kl: float | None = field(
         default=None, metadata={"help": "Skip the rest of a rollout once KL(old||new) per token passes this."}
     )

@@ -36,11 +36,11 @@ def gae(
 
 
 def policy_losses(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, "B T"],
+    log_ratio: Float[Tensor, "*B"],
+    advantages: Float[Tensor, "*B"],
     cliprange: float,
     dual_clip: float | None = None,
-) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B"]]:
     """-min(ratio * A, clip(ratio) * A), and where the clip decided. `log_ratio` = log(new/old), with gradient.
 
     `dual_clip` = c > 1 bounds the loss by -c * A where A < 0, so that a token that became far likelier since it was
@@ -56,11 +56,11 @@ def policy_losses(
 
 
 def value_losses(
-    values: Float[Tensor, "B T"],
-    old_values: Float[Tensor, "B T"],
-    returns: Float[Tensor, "B T"],
+    values: Float[Tensor, "*B"],
+    old_values: Float[Tensor, "*B"],
+    returns: Float[Tensor, "*B"],
     cliprange_value: float,
-) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B"]]:
     """0.5 * max((v - R)^2, (clip(v, old +- range) - R)^2), and where the clipped one was the larger."""
     near = torch.maximum(torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value)
     free, clipped = (values - returns).square(), (near - returns).square()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
-from klft.divergences import divergence
-from klft.masked import masked_sum, masked_var, masked_whiten, token_logps
-from klft.penalty import KLPenalty, TokenKL, TokenScores
+from klft.fused import TokenScores, fused_token_loss
+from klft.masked import masked_sum, masked_var, masked_whiten
+from klft.penalty import KLPenalty, TokenKL
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
 from klft.ppo.completions import show_completions
@@ -27,7 +27,7 @@ from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
 from klft.ppo.losses import gae, policy_losses, value_losses
 from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name, reward_weights
-from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, tokenize_prompts
+from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, spread, tokenize_prompts
 from klft.ppo.setup import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
 from klft.reference import vocab_size
 from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
@@ -87,7 +87,9 @@ class PPOTrainer(Trainer):
             placement="both" if (args.kl_estimator, args.kl_placement) == ("exact", "reward") else args.kl_placement,
             controller=args.controller(),
         )
-        self.scorer = Scorer(reference, args.temperature, min(vocab_size(model), vocab_size(reference.model)))
+        shared = min(vocab_size(model), vocab_size(reference.model))
+        self.scorer = Scorer(reference, args.temperature, shared, args.kl_shard_vocab)
+        self.scorer.head(model)  # a head that cannot be split into tiles is refused before anything is trained
         # The adapter's own file holds the value function only if PEFT was told so when the adapter was made.
         self._value_apart = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
         super().__init__(
@@ -210,7 +212,8 @@ class PPOTrainer(Trainer):
         args = self.args
         batch, terminated, completions = on_all_ranks(self.accelerator, lambda: self._generate(rows))
         unwrapped = self.accelerator.unwrap_model(model)
-        scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
+        with self.accelerator.autocast():  # as the loss will score them again
+            scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
         mask = batch.mask
         on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, mask, args.process_index))
         by_function = self._scores_by_function(rows, batch, completions, learn)
@@ -276,33 +279,45 @@ class PPOTrainer(Trainer):
         """Policy + value + KL loss of one micro-batch, divided by its whole minibatch's tokens on all processes."""
         micro: Rollout = inputs["rollout"]
         mask, args = micro.mask, self.args
-        logits, values, _ = self.scorer.forward(model, self.accelerator.unwrap_model(model), micro)
-        logp = token_logps(logits, micro.completion_ids)
-        log_ratio = torch.where(mask, logp - micro.old_logp, 0.0)
-        policy, ratio_clipped = policy_losses(log_ratio, micro.advantages, args.cliprange, args.dual_clip)
+        hidden, values, _ = self.scorer.forward(model, self.accelerator.unwrap_model(model), micro)
         value, value_clipped = value_losses(values, micro.values, micro.returns, args.cliprange_value)
-        losses = policy + args.vf_coef * value
-        if self.penalty.placement != "reward":
-            losses = losses + self._cycle.facts["scale"] * self._kl_losses(logits, logp, micro)
+        seen: list[Tensor] = []
+        exact = self.penalty.placement != "reward" and self.penalty.estimator == "exact"
+        policy = fused_token_loss(
+            lambda scores, *rest: self._policy_loss(seen, scores, *rest),
+            **self.scorer.inputs(model, hidden, micro, reference=exact),
+            per_token=[t[mask] for t in (micro.old_logp, micro.ref_logp, micro.advantages)],
+        )
         # Processes' gradients are averaged, so each contributes its sum times their number.
         processes = args.world_size // self.get_tp_size()
-        loss = masked_sum(losses, mask) * processes / max(inputs["tokens"], 1.0)
+        loss = (policy + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
+        of_tokens = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
+        of_values = torch.stack([masked_sum(value.detach(), mask), masked_sum(value_clipped.float(), mask)])
+        names = ("policy_loss", "approx_kl", "ratio", "ratio_clipped", "value_loss", "value_clipped")
+        sums = dict(zip(names, torch.cat([of_tokens[:-1].sum(1), of_values]).tolist(), strict=True))
+        sums |= {"tokens": float(mask.sum()), "nonfinite": float(not bool(loss.isfinite()))}
+        for name in LOSS_SUMS:
+            self._window_sums[name] += sums[name]
+        return (loss, {"logp": spread(of_tokens[-1], mask)}) if return_outputs else loss
+
+    def _policy_loss(
+        self, seen: list[Tensor], scores: Any, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor
+    ) -> Tensor:
+        """Sum over a chunk's tokens [n] of PPO's loss and of the KL's, where it belongs there."""
+        log_ratio = scores.logp - old_logp
+        losses, clipped = policy_losses(log_ratio, advantages, self.args.cliprange, self.args.dual_clip)
         with torch.no_grad():
             ratio = log_ratio.exp()
-            per_token = (policy, value, ratio - 1 - log_ratio, ratio, ratio_clipped.float(), value_clipped.float())
-            sums = [float(masked_sum(t, mask)) for t in per_token] + [float(mask.sum())]
-            for name, total in zip(LOSS_SUMS, [*sums, float(not bool(loss.isfinite()))], strict=True):
-                self._window_sums[name] += total
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _kl_losses(self, logits: Tensor, logp: Tensor, micro: Rollout) -> Tensor:
-        if self.penalty.estimator == "exact":
-            name = f"{self.penalty.direction}_kl"
-            exact = divergence(logits, self.scorer.reference_logits(micro), name)
-            scores = TokenScores(logp=logp, **{name: exact})
-        else:
-            scores = TokenScores(logp=logp, ref_logp=micro.ref_logp)
-        return self.penalty.losses(TokenKL(scores, micro.mask, behaviour_logp=micro.old_logp))
+            seen.append(torch.stack([losses, ratio - 1 - log_ratio, ratio, clipped.float(), scores.logp]).detach())
+        if self.penalty.placement != "reward":
+            kl = TokenScores(logp=scores.logp[None], ref_logp=ref_logp[None])
+            if self.penalty.estimator == "exact":
+                name = f"{self.penalty.direction}_kl"
+                setattr(kl, name, getattr(scores, name)[None])
+            counts = torch.ones_like(old_logp[None], dtype=torch.bool)
+            kl_losses = self.penalty.losses(TokenKL(kl, counts, behaviour_logp=old_logp[None]))
+            losses = losses + self._cycle.facts["scale"] * kl_losses[0]
+        return losses.sum()
 
     def _end_of_minibatch(self) -> None:
         """Put the processes' sums together; stop on a non-finite loss; decide, on all ranks alike, on target_kl."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from klft.reference import base_of
+from klft.heads import base_of
 
 OUTPUT_KEY = "state_values"
 
