@@ -93,10 +93,6 @@ class VocabShard:
         dist.all_gather(parts, t.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def most(self, n: int, device: torch.device) -> int:
-        """The largest `n` of any rank."""
-        return int(self.gather(torch.tensor(n, device=device)).max())
-
     def sum(self, t: Tensor) -> Tensor:
         """Sum over ranks, on every rank, in place: what each rank's rows add to the gradient of the hidden states."""
         if self.world > 1:

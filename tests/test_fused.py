@@ -328,10 +328,10 @@ def test_what_per_token_may_not_be():
 @every_function
 def test_backward_twice_gives_gradients_of_their_own(function, monkeypatch):
     two = two_heads(7, 13, "all")
-    truth = value_and_gradients(dense_total(function, two), two.leaves)[1:]
+    truth = value_and_gradients(dense_total(function, two), two.leaves, -3.7)[1:]
     for _ in tiles(monkeypatch, 13):
         leaves = [x.clone().requires_grad_() for x in two.leaves]
-        total = our_total(function, two, all_tokens(two))(*leaves)
+        total = -3.7 * our_total(function, two, all_tokens(two))(*leaves)
         total.backward(retain_graph=True)
         torch.testing.assert_close([x.grad for x in leaves], truth, **EXACT)
         for x in leaves:

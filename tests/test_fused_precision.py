@@ -32,11 +32,17 @@ def error(found, truth):
     return (found.double() - truth).square().mean().sqrt().item()
 
 
-def assert_never_worse(ours, plain, truth, *, noise=NOISE):
+def assert_never_worse(ours, plain, truth):
     for mine, other, true in zip(ours, plain, truth, strict=True):
+        size = true.square().mean().sqrt().item()
         # One rounding of the result itself is not an error of the method.
-        rounding = torch.finfo(mine.dtype).eps * true.square().mean().sqrt().item()
-        assert error(mine, true) <= noise * error(other, true) + rounding, (error(mine, true), error(other, true))
+        assert error(mine, true) <= NOISE * error(other, true) + torch.finfo(mine.dtype).eps * size
+
+
+def assert_close_to_truth(ours, truth):
+    """Naive may have no correct digit: not to be worse is then no achievement."""
+    for mine, true in zip(ours, truth, strict=True):
+        assert error(mine, true) <= max(torch.finfo(mine.dtype).eps, 1e-3) * true.square().mean().sqrt()
 
 
 def near_heads(tokens, vocab, dim, spread, dtype, seed=0):
@@ -79,6 +85,7 @@ def test_never_worse_than_naive(name, params, dtype, spread, monkeypatch):
     ours = value_and_gradients(our_divergence(two, name, *params), two.leaves)
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
     assert_never_worse(ours, value_and_gradients(plain(two, name, *params), two.leaves), truth)
+    assert_close_to_truth(ours, truth)
 
 
 @LOW
@@ -99,7 +106,7 @@ def test_scores_and_losses_never_worse_than_naive(function, dtype, monkeypatch):
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
     # A sum of 64 tokens is one number, and its error one draw: only the gradients are compared as an error of a method.
     assert_never_worse(ours[1:], value_and_gradients(naive_total, two.leaves)[1:], truth[1:])
-    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=0)
+    assert_close_to_truth(ours, truth)
 
 
 def barely_moved(dtype):

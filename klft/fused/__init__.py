@@ -31,7 +31,7 @@ from klft.fused.tiles import DIFFERENTIABLE, EXACT, Problem, Side, Tile
 # Logits of one model that a tile may hold (one token at least), and tokens. On a CPU fresh memory is slow to touch, so
 # small tiles win, down to where adding to the weight's gradient outweighs the product. See benchmarks/README.md.
 CPU_TILE, TILE = 1 << 25, 1 << 28
-CPU_TOKENS, TOKENS = 256, 1 << 14
+CPU_TOKENS, TOKENS = 512, 1 << 14
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -111,7 +111,8 @@ def _problem(
         reference = Side(ref_hidden, ref_head, temperature)
     policy = Side(hidden, head, temperature)
     elements, tokens = (CPU_TILE, CPU_TOKENS) if hidden.device.type == "cpu" else (TILE, TOKENS)
-    return Problem(policy, reference, token_ids, head.shard, elements, tokens, _backend(backend, hidden.device))
+    wants = hidden.requires_grad and torch.is_grad_enabled()
+    return Problem(policy, reference, token_ids, head.shard, elements, tokens, wants, _backend(backend, hidden.device))
 
 
 def _beside(head: Any, ref_head: Any, vocab_size: int) -> Any:
@@ -244,13 +245,13 @@ class _ChunkScores:
         setattr(self, name, leaf)
         return leaf
 
-    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """d loss / d score for every token of the tile."""
+    def gradients(self, loss: Tensor, factor: Tensor | None) -> dict[str, Tensor]:
+        """factor * d loss / d score for every token of the tile."""
         used = dict(self._leaves)
         if loss.requires_grad:
             _check_captured(loss, used)
             found = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
-            used = dict(zip(used, found, strict=True))
+            used = dict(zip(used, [t if factor is None else t * factor for t in found], strict=True))
         else:
             used = {}
         if self._problem.shard is not None:  # every rank takes part, whatever its own loss read
@@ -279,7 +280,11 @@ def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
 
 
 def _loss_and_gradients(
-    problem: Problem, loss_fn: Callable, per_token: Sequence[Tensor], wanted: Sequence[bool]
+    problem: Problem,
+    loss_fn: Callable,
+    per_token: Sequence[Tensor],
+    wanted: Sequence[bool],
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sum of loss_fn over chunks, and the gradients of hidden, weight and bias, made while each tile is there."""
     grads = problem.new_gradients(*wanted)
@@ -293,7 +298,7 @@ def _loss_and_gradients(
             raise ValueError(f"fused_token_loss: loss_fn must return a scalar, got shape {list(loss.shape)}")
         total += loss.detach()
         if any(wanted):
-            g = scores.gradients(loss)
+            g = scores.gradients(loss, factor)
             if g:
                 _send_back(problem, tile, rows, grads, g)
     problem.finish(grads)
@@ -307,6 +312,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, loss_fn: Callable, per_token: Sequence[Tensor]):
         ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
+        ctx.problem = problem
         ctx.again = functools.partial(_loss_and_gradients, problem, loss_fn, per_token, ctx.needs_input_grad[:3])
         total, ctx.grads = ctx.again()
         return total
@@ -314,9 +320,12 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        if ctx.grads is None:
-            _ = ctx.saved_tensors
-            ctx.grads = ctx.again()[1]
+        problem = ctx.problem
+        factors = problem.shard.gather(grad_output) if problem.apart else grad_output[None]
+        if ctx.grads is None or not bool((factors == factors[0]).all()):
+            # A second backward; or processes that weigh their losses differently, which the rows' gradient must know.
+            _, ctx.grads = ctx.saved_tensors, None
+            return *ctx.again(factor=grad_output)[1], None, None, None
         # Handed over, not kept: the weight's gradient is the largest thing here. A second backward makes it anew.
         grads, ctx.grads = ctx.grads, None
         return *(None if g is None else g.mul_(grad_output) for g in grads), None, None, None
@@ -408,7 +417,8 @@ def fused_token_loss(
 
     Args:
         loss_fn: `loss_fn(scores, *per_token_chunks)` -> the *sum* over a chunk's tokens, a scalar. `scores` has logp,
-            entropy, ref_logp, ref_entropy, reverse_kl, forward_kl; only what is read is computed.
+            entropy, ref_logp, ref_entropy, reverse_kl, forward_kl; only what is read is computed. Where processes
+            have tokens of their own, a chunk may be empty on one of them.
         per_token: tensors [N, ...] that are cut to the chunk: advantages, old log-probabilities. Constants.
 
     Values in nats where the scores are. A second backward (retain_graph) runs loss_fn again. Raises ValueError where a

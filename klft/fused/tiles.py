@@ -301,15 +301,18 @@ class Problem:
         shard: VocabShard | None,
         elements: int,
         tokens: int,
+        wants: bool,
         backend: Any = torch_backend,
     ):
         self.policy, self.reference, self.ids, self.backend = policy, reference, token_ids, backend
         self.shard = None if shard is None or shard.world == 1 else shard
         self.apart = self.shard is not None and self.shard.own_tokens
-        n, ranks = len(token_ids), 1
+        n, ranks, self.wants = len(token_ids), 1, wants
         if self.apart:
+            # Ranks meet in the same collectives: as many tiles, and hidden's gradient if one of them wants it.
             assert self.shard is not None
-            n, ranks = self.shard.most(n, token_ids.device), self.shard.world
+            most = self.shard.gather(torch.tensor([n, wants], device=token_ids.device)).amax(0).tolist()
+            n, ranks, self.wants = most[0], self.shard.world, bool(most[1])
         rows = max(1, len(policy.weight))
         if self.shard is not None:
             rows = max(1, -(-self.shard.vocab_size // self.shard.world))  # every rank must cut alike
@@ -367,6 +370,7 @@ class Problem:
         def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
             return torch.zeros_like(like, dtype=side.wide) if wanted and like is not None else None
 
+        hidden |= self.apart and self.wants
         return Gradients(zeros(side.hidden, hidden), zeros(side.weight, weight), zeros(side.bias, bias))
 
     def send_back(self, dz: Tensor, tile: Tile, rows: slice, grads: Gradients, dead: Tensor) -> None:
