@@ -39,7 +39,7 @@ lint: $(STAMP)  ## ruff and pyright
 	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/pyright"
 
 bench: $(STAMP)  ## side-by-side benchmarks; ratios, never absolute times
-	@"$(BIN)/python" benchmarks/divergences.py
+	@"$(BIN)/python" benchmarks/divergences.py && "$(BIN)/python" benchmarks/fused.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf "$(VENV)" demo_out runs
