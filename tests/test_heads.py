@@ -374,6 +374,12 @@ def test_the_probe_finds_what_the_configuration_says_though_logits_are_small():
     assert model(input_ids=IDS).logits.abs().max() < 1, "so small that a softcap of 30 can hardly be seen"
 
 
+def test_the_probe_finds_that_a_class_does_not_do_what_its_configuration_says():
+    model = of_class(Renamed, final_logit_softcapping=30.0, logits_scaling=2.0).eval()
+    head = LMHead.from_model(model)
+    assert (head.scale, head.softcap) == (1.0, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_knows_precision(dtype):
     head = LMHead.from_model(of_class(Renamed).to(dtype).eval())
