@@ -9,7 +9,6 @@ Everything it needs is made on the spot and cached (recipes/reviews.py). With yo
 Prints the KL table by step, and what both models say. Last time, on two CPU cores and two processes: see README.md.
 """
 
-import os
 import pkgutil
 import sys
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ def reward(script: RecipeArguments, world: Path) -> Any:
         return RewardModel(str(world / "reward_model"), label="positive")
     if ":" not in script.reward or Path(script.reward).exists():
         return RewardModel(script.reward, label=script.reward_label)
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     return pkgutil.resolve_name(script.reward)
 
 
@@ -68,9 +67,8 @@ class OneLine(ProgressCallback):
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         if self.training_bar is not None and "kl/sequence/mean" in logs:
             score, kl, coef = (logs[name] for name in ("reward/score/mean", "kl/sequence/mean", "kl/coef"))
-            self.training_bar.write(
-                f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
-            )
+            line = f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
+            self.training_bar.write(line)
 
 
 def kl_table(history: list[dict], rows: int = 14) -> Table:
@@ -142,6 +140,8 @@ def main(trainer: Any) -> None:
         console.print(f"On {n} held-out prompts the mean score went from {before[score]:.2f} to {after[score]:.2f},")
         console.print(f"at an exact reverse KL of {after[kl]:.1f} nats per sequence.")
     console.print(f"The policy: {args.output_dir}. What the penalty prevents: --kl_coef 0 --output_dir demo_out/free")
+    if args.kl_log_tokens:
+        console.print(f"Where in the text the two part, to look at: {Path(args.output_dir).resolve()}/kl/report.html")
 
 
 if __name__ == "__main__":

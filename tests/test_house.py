@@ -38,9 +38,10 @@ INSIDE_FUNCTIONS_BELOW_5 = {"transformers", "peft"}
 CEILINGS = {
     "__init__": 45, "masked": 90, "divergences": 230, "estimators": 230, "controllers": 160, "shaping": 110,
     "sharding": 220, "heads": 180, "fused": 850, "reference": 240, "penalty": 190, "ppo": 1_560, "hooks": 260,
-    "diagnostics": 1_200, "plots": 120, "cli": 200,
+    "diagnostics": 1_600, "plots": 120, "cli": 280,
 }  # fmt: skip
-TOTAL_CEILING = 5_400
+TOTAL_CEILING = 6_000
+BRIDGES = {"klft/ppo/tokens.py": "diagnostics"}  # kl_log_tokens writes their tables; loaded only when it is asked for
 PRIVATE_PARTS = ("trl.experimental", "trl.trainer.utils", "trl.kernels")
 
 
@@ -161,7 +162,8 @@ def violations(root):
         for name, line, deferred in imports(path, package):
             top = name.split(".")[0]
             if top == "klft":
-                reason = _internal(module, name)
+                bridge = f"{name}.".startswith(f"klft.{BRIDGES.get(path.relative_to(root).as_posix())}.")
+                reason = None if bridge else _internal(module, name)
             elif top in ("recipes", "tests"):
                 reason = f"{name}: the library imports neither recipes nor tests"
             else:
@@ -192,6 +194,7 @@ BROKEN = [
     ("klft/ppo/losses.py", "from klft.hooks import KLReward", "floor 5"),
     ("klft/ppo/losses.py", "from ..diagnostics import stats", "floor 5"),
     ("klft/ppo/losses.py", "from klft import cli", "floor 6"),
+    ("klft/ppo/tokens.py", "from klft.hooks import KLReward", "floor 5"),
     ("klft/hooks.py", "import klft.diagnostics", "floor 5"),
     ("klft/penalty.py", "from klft import reverse_kl", "package root"),
     ("klft/estimators.py", "def f():\n    from klft.penalty import KLPenalty", "floor 4"),
@@ -244,6 +247,7 @@ SOUND = [
     ("klft/fused/__init__.py", "from klft.fused.torch_backend import x"),
     ("klft/reference.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from peft import PeftModel"),
     ("klft/reference.py", "def f():\n    from transformers import AutoModel"),
+    ("klft/ppo/tokens.py", "from klft.diagnostics import TokenKLLog"),
     ("klft/ppo/trainer.py", "from klft import __version__\nfrom .losses import x\nfrom klft.penalty import KLPenalty"),
     ("klft/hooks.py", "from transformers import Trainer\nfrom trl import TrlParser\nimport accelerate"),
     ("klft/cli.py", "import rich\nimport klft\nfrom klft import reverse_kl\nfrom klft.ppo import PPOTrainer"),

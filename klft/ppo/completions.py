@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 
 def plain(text: Any) -> Text:
@@ -30,6 +31,17 @@ def _visible(c: str) -> str:
     ):
         return f"\\u{code:04x}"
     return c
+
+
+def completion_rows(
+    rows: list[dict], completions: list, totals: Tensor, sequence_kl: Tensor, extra: dict[str, list]
+) -> list[dict[str, Any]]:
+    """One row of the table per completion; `extra` are the reward functions' own columns."""
+    return [
+        {"prompt": row["prompt"], "completion": said, "score": float(score), "sequence_kl": float(kl)}
+        | {name: values[i] for name, values in extra.items()}
+        for i, (row, said, score, kl) in enumerate(zip(rows, completions, totals, sequence_kl, strict=True))
+    ]
 
 
 def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, how_many: int) -> None:

@@ -40,6 +40,7 @@ _BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
     "reward_clip": (0, False, math.inf, False),
     "missing_eos_penalty": (0, True, math.inf, False),
     "num_completions_to_print": (0, True, math.inf, False),
+    "kl_log_tokens": (0, True, math.inf, False),
     # The Trainer's own, which it takes as they come.
     "per_device_train_batch_size": (1, True, math.inf, False),
     "per_device_eval_batch_size": (1, True, math.inf, False),
@@ -132,6 +133,10 @@ class PPOConfig(TrainingArguments):
     log_completions: bool = field(default=False, metadata={"help": "Print and save a table of completions."})
     num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
 
+    kl_log_tokens: int = field(
+        default=0, metadata={"help": "Write a token-level KL table of every so many rollouts, and a page; 0 = none."}
+    )
+
     # The Trainer's own fields whose stock default does not suit PPO.
     learning_rate: float = field(default=3e-6, metadata={"help": "AdamW's initial learning rate."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "AdamW's epsilon; 1e-5 is PPO's usual one."})
@@ -188,7 +193,7 @@ class PPOConfig(TrainingArguments):
     @staticmethod
     def resumed_fields() -> list[str]:
         """Own fields that a resumed run may not change: all but those that only say how long, or what is shown."""
-        free = {"total_episodes", "log_completions", "num_completions_to_print"}
+        free = {"total_episodes", "log_completions", "num_completions_to_print", "kl_log_tokens"}
         own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
         return [name for name in own if name not in free | inherited]

@@ -20,7 +20,7 @@ from klft.masked import masked_sum, masked_var, masked_whiten
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
-from klft.ppo.completions import show_completions
+from klft.ppo.completions import completion_rows, show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
 from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
@@ -124,6 +124,7 @@ class PPOTrainer(Trainer):
         self._extra: dict[str, list[float]] = {}  # what reward functions logged themselves, by name
         self._eval_extra: dict[str, list[float]] = {}
         self._completions: list[dict] = []
+        self._tokens: Any = None
 
     # ---- the generation cycle --------------------------------------------------------------------------------
 
@@ -212,8 +213,10 @@ class PPOTrainer(Trainer):
         args = self.args
         batch, terminated, completions = on_all_ranks(self.accelerator, lambda: self._generate(rows))
         unwrapped = self.accelerator.unwrap_model(model)
+        tables = self._tokens if learn and self._tokens and self._tokens.due(self.state.global_step) else None
         with self.accelerator.autocast():  # as the loss will score them again
-            scores, values, last = self.scorer.score(model, unwrapped, batch, args.per_device_train_batch_size)
+            size, top_k = args.per_device_train_batch_size, min(tables.top_k, self.scorer.vocab_size) if tables else 0
+            scores, values, last = self.scorer.score(model, unwrapped, batch, size, top_k)
         mask = batch.mask
         on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, mask, args.process_index))
         by_function = self._scores_by_function(rows, batch, completions, learn)
@@ -231,6 +234,8 @@ class PPOTrainer(Trainer):
         values = torch.where(mask, values, 0.0)
         last = torch.where(terminated, 0.0, last) if args.bootstrap_truncated else torch.zeros_like(last)
         advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last)
+        if tables:
+            tables.add(self.state.global_step + 1, batch, scores, rewards, advantages)
         exact = scores.reverse_kl if args.kl_direction == "reverse" else scores.forward_kl
         assert exact is not None
         sequence_kl = torch.where(mask, exact, 0.0).sum(-1)
@@ -245,7 +250,9 @@ class PPOTrainer(Trainer):
             "observed": [table.sequences[finite, 3].mean().item() if finite.any() else 0.0, int(finite.sum())],
         }
         if args.log_completions and learn:
-            self._keep_completions(rows, completions, totals, sequence_kl)
+            self._completions = gather_object(
+                completion_rows(rows, completions, totals, sequence_kl, self._table_extra)
+            )
         old = torch.where(mask, scores.logp, 0.0), torch.where(mask, scores.ref_logp, 0.0)  # pyright: ignore
         tensors = {f: getattr(batch, f) for f in ("prompt_ids", "prompt_mask", "completion_ids", "mask")}
         return Rollout(**tensors, old_logp=old[0], ref_logp=old[1], values=values, advantages=advantages,
@@ -262,14 +269,6 @@ class PPOTrainer(Trainer):
         self._coef = facts["coef"]
         self._train_tables.append(table)
         self.episodes += len(table.sequences)
-
-    def _keep_completions(self, rows: list[dict], completions: list, totals: Tensor, sequence_kl: Tensor) -> None:
-        mine = [
-            {"prompt": row["prompt"], "completion": said, "score": float(score), "sequence_kl": float(kl)}
-            | {name: values[i] for name, values in self._table_extra.items()}
-            for i, (row, said, score, kl) in enumerate(zip(rows, completions, totals, sequence_kl, strict=True))
-        ]
-        self._completions = gather_object(mine)
 
     # ---- loss --------------------------------------------------------------------------------------------------
 
@@ -429,7 +428,13 @@ class PPOTrainer(Trainer):
                 self._load_state(folder)
             else:
                 self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+            if self.args.kl_log_tokens:
+                from klft.ppo.tokens import TokenTables
+
+                self._tokens = TokenTables(self, output_dir)
             result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+            if self._tokens:
+                self._tokens.close()
             best = self.state.best_model_checkpoint
             if self.args.load_best_model_at_end and best:
                 self._load_value_function(Path(best))

@@ -1,0 +1,74 @@
+/* The tables, and the start. */
+
+/* Sorts by the column of a header's button: numbers by data-value, texts by alphabet; empty cells stay last. */
+function sortable(table) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
+    const text = head.classList.contains("text"), was = head.getAttribute("aria-sort");
+    const up = was === "none" ? text : was === "descending";
+    for (const each of heads) if (each.hasAttribute("aria-sort")) each.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const keyed = [...body.rows].map(row => {
+      const cell = row.cells[column];
+      return { row, key: text ? cell.textContent : parseFloat(cell.dataset.value) };
+    });
+    const order = (a, b) => (text ? a.localeCompare(b, "en", { numeric: true }) : a - b), last = key => Number.isNaN(key);
+    keyed.sort((a, b) => last(a.key) - last(b.key) || (last(a.key) ? 0 : up ? order(a.key, b.key) : order(b.key, a.key)));
+    body.append(...keyed.map(each => each.row));
+  }));
+}
+
+const textCell = (...content) => make("td", { class: "text" }, ...content);
+function cell(v, text = nats(v)) {
+  return make("td", { class: "num", "data-value": v === null || Number.isNaN(v) ? "" : v }, text);
+}
+
+/* Lines break before a token that begins with white space, as the text itself would. */
+const breakable = index => (/^\s/.test(data.vocabulary[index]) ? [make("wbr"), chip(index)] : [chip(index)]);
+
+function drawWorst() {
+  const table = byId("worst-table"), keyOf = (s, position) => [s.step, s.rank, s.sample_id, position].join();
+  const found = new Map(tokens.map(t => [keyOf(t.sequence, t.position), t.at]));
+  table.tBodies[0].append(...data.worst.map(w => {
+    const at = found.get(keyOf(w, w.position)), token = chip(w.token);
+    const said = at === undefined ? token : make("button", { class: "jump", type: "button", "data-at": at }, token);
+    const around = [...w.before.flatMap(breakable), make("mark", {}, ...breakable(w.token)), ...w.after.flatMap(breakable)];
+    const [p, q] = [w.logp, w.ref_logp].map(v => (v === null ? null : Math.exp(value(v))));
+    return make("tr", {}, textCell(said), make("td", { class: "text context" }, ...around),
+      cell(value(w.reverse_kl)), cell(value(w.forward_kl)), cell(p, percent(p)), cell(q, percent(q)),
+      textCell(classOf(w.token) || "–"), textCell(nameOf(w)), cell(w.position, count(w.position)));
+  }));
+  table.addEventListener("click", event => {
+    const button = event.target.closest(".jump");
+    if (button) focusToken(Number(button.dataset.at), true);
+  });
+}
+
+function drawCarriers() {
+  byId("carriers-table").tBodies[0].append(...data.carriers.map(r => {
+    const numbers = ["reverse", "forward"].flatMap(side => {
+      const [mean, share] = [value(r[`${side}_mean`]), value(r[`${side}_share`])];
+      return [cell(mean), cell(share, percent(share))];
+    });
+    const head = make("th", { scope: "row" }, chip(r.token));
+    return make("tr", {}, head, textCell(classOf(r.token) || "–"), cell(r.count, count(r.count)), ...numbers);
+  }));
+}
+
+readTokens();
+if (tokens.length) {
+  drawTokens();
+  drawControls();
+  listen();
+  choose(view.metric);
+  drawn("legend", drawLegend);
+  darkness.addEventListener("change", () => choose(view.metric));
+}
+if (data.positions.length) drawn("positions", drawPositions);
+if (data.histograms.reverse || data.histograms.forward) drawn("histogram", drawHistogram);
+if (data.steps.length > 1) drawn("steps-plot", drawSteps);
+if (pointTokens().all) drawn("scatter-plot", drawScatter);
+drawWorst();
+drawCarriers();
+document.querySelectorAll("table.sortable").forEach(sortable);
+document.documentElement.dataset.ready = "yes";
