@@ -212,6 +212,16 @@ def two_heads(tokens, vocab, kind="plain", *, dim=5, ref_dim=4, seed=0) -> TwoHe
     )  # fmt: skip
 
 
+def dead_words(two, dead, policy=True, ref=True, value=-torch.inf):
+    """Words that neither model, or one of them, can say."""
+    two = replace(two, bias=two.bias.clone(), ref_bias=two.ref_bias.clone())
+    if policy:
+        two.bias[dead] = value
+    if ref:
+        two.ref_bias[dead] = value
+    return two
+
+
 def value_and_gradients(fn: Callable[..., Tensor], leaves: list[Tensor], weight: Tensor | float = 1.0) -> list[Tensor]:
     """fn(*leaves) and the gradient of its (weighted) sum in each of them."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]

@@ -182,7 +182,7 @@ class _Scored(torch.autograd.Function):
 
 def _send_back(problem: Problem, tile: Tile, rows: slice, grads: Any, g: dict[str, Tensor]) -> None:
     dead = torch.stack([t == 0 for t in g.values()]).all(0)
-    problem.send_back(tile.logit_gradient(g), tile, rows, grads, dead)
+    problem.send_back(tile.logit_gradient(g), rows, grads, dead)
 
 
 class _Row(torch.autograd.Function):
@@ -211,7 +211,7 @@ class _Row(torch.autograd.Function):
             tile = problem.tile(rows, lse)
             g = problem.everyones({"g": grad_output[rows]})["g"]
             dz = tile.row_gradient(ctx.row, ctx.params, totals, slope, g)
-            problem.send_back(dz, tile, rows, grads, g == 0)
+            problem.send_back(dz, rows, grads, g == 0)
         problem.finish(grads)
         return grads.hidden, grads.weight, grads.bias, None, None, None
 
@@ -328,7 +328,9 @@ class _TokenLoss(torch.autograd.Function):
             return *ctx.again(factor=grad_output)[1], None, None, None
         # Handed over, not kept: the weight's gradient is the largest thing here. A second backward makes it anew.
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g.mul_(grad_output) for g in grads), None, None, None
+        if grad_output.is_cuda or grad_output.item() != 1:  # asking a GPU would cost more than multiplying
+            grads = [None if g is None else g.mul_(grad_output) for g in grads]
+        return *grads, None, None, None
 
 
 def token_scores(

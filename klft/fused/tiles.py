@@ -93,10 +93,11 @@ class Side:
         wide, dh = hidden.to(self.wide), None
         for s in self._slices():
             if grads.weight is not None:
-                grads.weight[s].addmm_(dz[:, s].t(), wide)
+                grads.weight[s].addmm_(dz[:, s].t(), wide, beta=0 if grads.fresh else 1)
             if grads.wants_hidden:
                 part = self.weight[s].to(self.wide)
                 dh = torch.mm(dz[:, s], part) if dh is None else dh.addmm_(dz[:, s], part)
+        grads.fresh = False
         return torch.zeros_like(wide) if dh is None and grads.wants_hidden else dh
 
 
@@ -107,6 +108,7 @@ class Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    fresh: bool  # the weight's is unwritten memory: a CPU would spend a while on setting it to zero first
 
     @property
     def wants_hidden(self) -> bool:
@@ -117,7 +119,8 @@ class Gradients:
 class Tile:
     """n tokens' log-probabilities under both models, over the whole vocabulary, as far as its rows live here.
 
-    `lse`: the log-sum-exps [2, n] if an earlier pass over the same tokens has them; no collective is needed then.
+    `lse`: the log-sum-exps, in two parts [2, models, n], if an earlier pass over these tokens has them; no collective
+    is needed then.
     """
 
     def __init__(self, z: Tensor, y: Tensor | None, ids: Tensor, problem: "Problem", lse: Tensor | None = None):
@@ -149,14 +152,22 @@ class Tile:
             picked = [self._picked(t) for t in sides]
             self.logp, self.ref_logp = picked[0], picked[-1] if self.y is not None else None
             return
-        if self.lse is None:
-            parts = torch.stack([f(t) for f in (self.backend.log_sum_exp, self._picked) for t in sides])
-            parts = self._gather(parts)
-            self.lse = parts[:, : len(sides)].logsumexp(0)
-            picked = parts[:, len(sides) :].sum(0) - self.lse
-            self.logp, self.ref_logp = picked[0], picked[1] if self.y is not None else None
-        for t, lse in zip(sides, self.lse, strict=True):
-            self.backend.subtract_(t, lse)
+        # The maximum and what is left of the log-sum-exp go one after the other: their sum, rounded, would shift a row.
+        known = self.lse
+        peaks = torch.stack([_peak(t) for t in sides]) if known is None else known[0]
+        for t, peak in zip(sides, peaks, strict=True):
+            self.backend.subtract_(t, peak)
+        if known is None:
+            rests = torch.stack([self.backend.log_sum_exp(t) for t in sides])
+            picked = torch.stack([self._picked(t) for t in sides])
+            parts = self._gather(torch.stack([peaks, rests, picked, self.here.to(peaks).expand_as(peaks)]))
+            highest = parts[:, 0].amax(0)
+            offsets = highest - parts[:, 0] + (parts[:, 0] - highest + parts[:, 1]).logsumexp(0)
+            logps = torch.where(parts[:, 3] > 0, parts[:, 2] - offsets, 0.0).sum(0)
+            self.logp, self.ref_logp = logps[0], logps[1] if self.y is not None else None
+            known = self.lse = torch.stack([peaks, offsets[0 if self.shard is None else self.shard.rank]])
+        for t, offset in zip(sides, known[1], strict=True):
+            self.backend.subtract_(t, offset)
 
     def _gather(self, t: Tensor) -> Tensor:
         return t[None] if self.shard is None else self.shard.gather(t)
@@ -255,7 +266,7 @@ class Tile:
         if not side.softcap:
             return None
         assert self.lse is not None
-        t = (self.z[rows] + self.lse[0, rows, None]) * (side.temperature / side.softcap)
+        t = (self.z[rows] + self.lse[:, 0, rows, None].sum(0)) * (side.temperature / side.softcap)
         return 1 - t * t
 
     def _guarded_gradient(self, g: dict[str, Tensor], index: Tensor) -> Tensor:
@@ -288,6 +299,12 @@ class Tile:
                 d = d * bend
             self.z[rows] = (d * g[rows]).masked_fill(g[rows] == 0, 0.0)
         return self.z
+
+
+def _peak(t: Tensor) -> Tensor:
+    """[n, v] -> [n]: the largest logit; 0 where there is none, or none that is finite."""
+    peak = t.amax(-1) if t.shape[1] else t.new_zeros(len(t))
+    return torch.where(peak.isfinite(), peak, 0.0)
 
 
 class Problem:
@@ -371,13 +388,15 @@ class Problem:
             return torch.zeros_like(like, dtype=side.wide) if wanted and like is not None else None
 
         hidden |= self.apart and self.wants
-        return Gradients(zeros(side.hidden, hidden), zeros(side.weight, weight), zeros(side.bias, bias))
+        fresh = weight and not side.weight.is_cuda
+        of_weight = torch.empty_like(side.weight, dtype=side.wide) if fresh else zeros(side.weight, weight)
+        return Gradients(zeros(side.hidden, hidden), of_weight, zeros(side.bias, bias), fresh)
 
-    def send_back(self, dz: Tensor, tile: Tile, rows: slice, grads: Gradients, dead: Tensor) -> None:
-        """Through the head. `dead` [n]: tokens that get no gradient, whose hidden states may be NaN."""
+    def send_back(self, dz: Tensor, rows: slice, grads: Gradients, dead: Tensor) -> None:
+        """Through the head. `dead` [n]: tokens that get no gradient, whose hidden states may be NaN or infinite."""
         hidden = self._everyones(self.policy.hidden[rows])
-        if bool((tile.bad & dead).any()):
-            hidden = hidden.masked_fill((tile.bad & dead)[:, None], 0.0)  # 0 * NaN would reach the weight's gradient
+        if bool(dead.any()):
+            hidden = hidden.masked_fill(dead[:, None], 0.0)  # 0 * NaN would reach the weight's gradient
         dh = self.policy.back(dz, hidden, grads)
         if dh is None or grads.hidden is None:
             return
@@ -388,5 +407,7 @@ class Problem:
 
     def finish(self, grads: Gradients) -> None:
         """What has to wait for the last tile: every rank's rows of the vocabulary add to hidden's gradient."""
+        if grads.fresh and grads.weight is not None:
+            grads.weight.zero_()  # no tile had a gradient
         if self.shard is not None and not self.apart and grads.hidden is not None:
             self.shard.sum(grads.hidden)
