@@ -14,6 +14,12 @@ from klft.divergences import BLOCK
 # as soon as the machine has anything else to do.
 CPU_BLOCK = 1 << 19
 E = 2.718281828459045
+# Of 2 (exp(x) - 1 - x) / x^2 on [-1, 1]: each coefficient over the one before. In fp64 Taylor's; in fp32 those of the
+# Chebyshev interpolant of degree 7, whose relative error is 6e-9: two passes fewer.
+EXACT_RATIOS = [1 / k for k in range(3, 20)]
+RATIOS = [
+    0.333333333004, 0.250000421361, 0.199999949992, 0.166624500792, 0.142862243531, 0.127835166005, 0.110915020715,
+]  # fmt: skip
 
 
 def blocks(tile: Tensor):
@@ -39,12 +45,12 @@ def subtract_(z: Tensor, rows: Tensor) -> None:
 
 
 def _gap_over(x: Tensor) -> Tensor:
-    """(exp(x) - 1 - x) / x for |x| <= 1: the Taylor series, to the last digit of its type."""
-    terms = 17 if x.dtype == torch.float64 else 9
+    """(exp(x) - 1 - x) / x for |x| <= 1, to the last digit of its type: nested, (x/2) * (1 + r1 x (1 + r2 x (...)))."""
+    ratios = EXACT_RATIOS if x.dtype == torch.float64 else RATIOS
     one = x.new_ones(())
-    series = torch.addcmul(one, x, one, value=1 / (terms + 2))
-    for k in range(terms + 1, 2, -1):
-        torch.addcmul(one, x, series, value=1 / k, out=series)
+    series = torch.addcmul(one, x, one, value=ratios[-1])
+    for ratio in ratios[-2::-1]:
+        torch.addcmul(one, x, series, value=ratio, out=series)
     return series.mul_(x).mul_(0.5)
 
 
@@ -52,20 +58,20 @@ def _gaps(p: Tensor, q: Tensor, x: Tensor, names: tuple[str, ...]) -> list[Tenso
     """Sums of the Bregman gaps p * (e^x - 1 - x) and q * (e^-x - 1 + x), x = log(q/p), [n, v] -> [n] each.
 
     Each term is >= 0 and accurate for x near 0. Past |x| = 1 what is left is added from differences that no longer
-    cancel: both `relu`s are 0 for |x| <= 1, and so is x - clamp(x).
+    cancel: `above` and `below` are 0 for |x| <= 1, and so is x - clamp(x).
     """
     near = x.clamp(-1, 1)
     g = _gap_over(near)
     beyond = x - near
-    above, below = torch.sub(q, p, alpha=E).relu_(), torch.sub(p / E, q).relu_()
+    above, below = torch.sub(q, p, alpha=E).relu_(), torch.sub(q, p, alpha=1 / E).clamp_max_(0)
     sums = []
     if "reverse_kl" in names:
-        reverse = torch.mul(g, near).sub_(beyond).mul_(p).add_(above).sub_(below)
+        reverse = torch.mul(g, near).sub_(beyond).mul_(p).add_(above).add_(below)
         sums.append(reverse.sum(-1))
     if "forward_kl" in names:
         # With g = gap(x)/x: 1 - e^x + x e^x = x * (x + x g - g).
         forward = torch.addcmul(near, near, g).sub_(g).mul_(near).mul_(p)
-        sums.append(forward.addcmul_(q, beyond).add_(below, alpha=2).sum(-1))
+        sums.append(forward.addcmul_(q, beyond).sub_(below, alpha=2).sum(-1))
     return sums
 
 
@@ -94,15 +100,15 @@ def exact_sums(lp: Tensor, lq: Tensor | None, names: tuple[str, ...]) -> Tensor:
 def gradient_(lp: Tensor, lq: Tensor | None, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None) -> None:
     """lp <- p * (a + b * lp + c * (lq - lp)) - d * q, in place; a, b, c, d [n], None where nothing asks for it."""
     for rows in blocks(lp):
-        z = lp[rows]
-        p, inner = z.exp(), None
+        z, inner = lp[rows], None
+        p = z.exp()
+        # Rows are multiplied and added one after the other: a fused addcmul with such a factor takes six times as long.
         if c is not None:
             assert lq is not None
             inner = torch.sub(lq[rows], z).mul_(c[rows, None])
         if b is not None:
-            inner = z * b[rows, None] if inner is None else inner.addcmul_(z, b[rows, None])
-        a_rows = a[rows, None]
-        torch.mul(p, a_rows if inner is None else inner.add_(a_rows), out=z)
+            inner = z * b[rows, None] if inner is None else inner.add_(z * b[rows, None])
+        torch.mul(p, a[rows, None] if inner is None else inner.add_(a[rows, None]), out=z)
         if d is not None:
             assert lq is not None
-            z.addcmul_(lq[rows].exp(), d[rows, None], value=-1)
+            z.sub_(lq[rows].exp().mul_(d[rows, None]))
