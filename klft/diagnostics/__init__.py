@@ -41,8 +41,8 @@ _LAZY = {
 
 __all__ = [
     "SCHEMA", "SCHEMA_VERSION", "Metadata", "Statistics", "TokenKLCallback", "TokenKLLog", "TokenRecord",
-    "read_records", "records_table", "scalars", "score_texts", "summary_lines", "token_classes", "token_texts", "visible",
-    "write_records", "write_report",
+    "read_records", "records_table", "scalars", "score_texts", "summary_lines", "token_classes", "token_texts",
+    "visible", "write_records", "write_report",
 ]  # fmt: skip
 
 

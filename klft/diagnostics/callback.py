@@ -1,0 +1,200 @@
+"""TokenKLCallback: in any Trainer, how far the policy has moved from a reference on a fixed set of prompts.
+
+    trainer = SFTTrainer(...)  # or any other of transformers or TRL
+    trainer.add_callback(TokenKLCallback(reference, prompts, every=100, trainer=trainer))
+
+Why the trainer: a callback is not handed it, and trackers (TensorBoard, W&B, trackio) are callbacks too, called before
+any that is added later, with logs that only the Trainer starts. With `trainer` the numbers go through its log, which
+reaches all of them. Deliberately absent: an effect on training, and sampling (what it says is greedy).
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from klft.diagnostics.measure import (
+    Encoded,
+    as_reference,
+    check_positions,
+    encode_prompt,
+    encode_texts,
+    score_texts,
+)
+from klft.diagnostics.records import TokenKLLog
+from klft.diagnostics.report import write_report
+from klft.reference import AdapterReference, check_vocabularies, evaluating
+
+logger = logging.getLogger(__name__)
+
+
+class TokenKLCallback(TrainerCallback):
+    """Every `every` steps, and after the last one, scores probes: kl/... scalars, Parquet, and a page at the end.
+
+    The scalars are those of `klft.diagnostics.scalars`. Tokens go to output_dir/kl/tokens_*.parquet, the page to
+    output_dir/kl/report.html. All processes score all probes, so that none waits for another, whatever it holds of the
+    model; the first one writes.
+
+    Args:
+        reference: a model (it is frozen, and moved to the policy's device), a FrozenReference, an AdapterReference, or
+            None for a policy with a PEFT adapter: then the policy with its adapter off.
+        probe_prompts: strings or conversations, which the policy continues greedily, anew each time; or
+            {"prompt", "completion"} (and what else `encode_texts` takes as a dictionary), which are scored as they are.
+        max_length: of a probe, in tokens. A prompt that the policy continues keeps its end, a completion its beginning.
+        trainer: the numbers go through `Trainer.log`. Without, they go to state.log_history, and into the next logs for
+            callbacks that were added after this one: trackers do not see them.
+        output_dir: instead of the trainer's own; and prefix: in front of the scalars' names. Both are for trainers that
+            write kl/... themselves, as PPOTrainer does of its rollouts.
+
+    Raises ValueError when training starts for a reference that would move with the policy or has another vocabulary,
+    and where no probe has a token to score.
+    """
+
+    def __init__(
+        self,
+        reference: Any,
+        probe_prompts: Sequence[Any],
+        every: int = 100,
+        *,
+        max_new_tokens: int = 64,
+        max_length: int = 512,
+        batch_size: int = 8,
+        temperature: float = 1.0,
+        top_k: int = 5,
+        trainer: Any = None,
+        output_dir: str | None = None,
+        prefix: str = "",
+    ):
+        if every < 1 or not 0 < max_new_tokens < max_length:
+            raise ValueError(
+                "TokenKLCallback needs every >= 1 and 0 < max_new_tokens < max_length; got "
+                f"every={every}, max_new_tokens={max_new_tokens}, max_length={max_length}"
+            )
+        if isinstance(probe_prompts, str) or not len(probe_prompts):
+            raise ValueError("TokenKLCallback: probe_prompts must be a list of at least one prompt")
+        self.reference, self.every, self.trainer = reference, every, trainer
+        self.max_new_tokens, self.output_dir, self.prefix = max_new_tokens, output_dir, prefix
+        self.options = {
+            "batch_size": batch_size, "max_length": max_length, "temperature": temperature, "top_k": top_k,
+        }  # fmt: skip
+        self._probes = list(probe_prompts)
+        self._log: TokenKLLog | None = None
+        self._last, self._pending = -1, {}
+
+    # --- what the Trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, model: Any = None, processing_class: Any = None, **kwargs):
+        if processing_class is None:
+            raise ValueError("TokenKLCallback needs the tokenizer: give the Trainer a processing_class")
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+        self.reference = as_reference(self.reference, model)
+        self.reference.check_apart_from(model)
+        check_vocabularies(model, self.reference.model, self._tokenizer)
+        if not isinstance(self.reference, AdapterReference):
+            self.reference.model.to(next(model.parameters()).device)
+        lengths = self._prepare()
+        check_positions(max(lengths), model, self.reference.model)
+        self._last = -1
+        self.folder = Path(self.output_dir or args.output_dir)
+        if state.is_world_process_zero:
+            names = {"model": model.config._name_or_path, "reference": self.reference.model.config._name_or_path}
+            names["reference"] += " without its adapter" if isinstance(self.reference, AdapterReference) else ""
+            self._log = TokenKLLog(self.folder, self._tokenizer, temperature=self.options["temperature"], **names)
+        if self.trainer is None and args.report_to:
+            logger.warning("TokenKLCallback: %s will not see kl/...; pass trainer=trainer", ", ".join(args.report_to))
+
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
+        # The last step's belongs here: afterwards trackers close.
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps or control.should_training_stop:
+            self._measure(args, state, control, model)
+
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        if logs is not None:
+            logs |= self._pending
+        self._pending = {}
+
+    def on_train_end(self, args, state, control, model: Any = None, **kwargs):
+        self._measure(args, state, control, model)
+        if self._log is not None:
+            write_report(self.folder, self.folder / "kl" / "report.html")
+
+    # --- what it does ------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> list[int]:
+        """Encode the probes once: those with a completion whole, the others as prompts. How long each may become."""
+        given = {i: p for i, p in enumerate(self._probes) if isinstance(p, dict) and set(p) != {"prompt"}}
+        self._fixed = Encoded([], [], [])
+        if given:
+            found = encode_texts(self._tokenizer, list(given.values()), max_length=self.options["max_length"])
+            self._fixed = found._replace(sample_ids=[list(given)[i] for i in found.sample_ids])
+        keep, self._prompts = self.options["max_length"] - self.max_new_tokens, {}
+        for i, probe in enumerate(self._probes):
+            if i not in given:
+                prompt = probe["prompt"] if isinstance(probe, dict) else probe
+                self._prompts[i] = encode_prompt(self._tokenizer, prompt)[-keep:]
+                if not self._prompts[i]:
+                    raise ValueError(f"TokenKLCallback: probe {i} has no tokens, so there is nothing to continue")
+        return [*map(len, self._fixed.ids), *(len(prompt) + self.max_new_tokens for prompt in self._prompts.values())]
+
+    def _measure(self, args: Any, state: Any, control: Any, model: Any) -> None:
+        """Score the probes at this step, once."""
+        if state.global_step == self._last:
+            return
+        self._last = state.global_step
+        written = _continue(
+            model, self._tokenizer, list(self._prompts.values()), self.max_new_tokens, self.options["batch_size"]
+        )
+        probes = Encoded(
+            self._fixed.ids + written,
+            self._fixed.prompt_lengths + [len(prompt) for prompt in self._prompts.values()],
+            self._fixed.sample_ids + list(self._prompts),
+        )
+        # The policy's forward is in the Trainer's precision. The reference's too, or its rounding would count as KL.
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        with torch.autocast(args.device.type, precision) if precision else nullcontext():
+            for batch in score_texts(model, self.reference, self._tokenizer, probes, **self.options):
+                if self._log is not None:
+                    self._log.add(
+                        batch.scores, batch.token_ids, batch.mask, step=state.global_step, is_prompt=batch.is_prompt,
+                        sample_ids=batch.sample_ids,
+                    )  # fmt: skip
+        if self._log is not None:
+            self._log.close()
+            found = {self.prefix + name: value for name, value in self._log.scalars().items()}
+            self._tell(found, state, control)
+
+    def _tell(self, found: dict[str, float], state: Any, control: Any) -> None:
+        if self.trainer is None:
+            state.log_history.append(found | {"epoch": state.epoch, "step": state.global_step})
+            self._pending = found
+        else:
+            should_log = control.should_log
+            # Not trainer.log: TRL's would hand out its running averages here, and start them anew.
+            Trainer.log(self.trainer, dict(found))
+            control.should_log = should_log  # the Trainer's own log of this step is still to come
+
+
+def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], most: int, batch_size: int) -> list[list[int]]:
+    """Each prompt's ids and the policy's greedy continuation of it, up to and including the first end."""
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    device, written = next(model.parameters()).device, []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        with evaluating(model):
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, num_beams=1,
+                temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=sorted(ends) or None,
+            )  # fmt: skip
+        for row, completion in zip(rows, made[:, width:].tolist(), strict=True):
+            end = next((i for i, token in enumerate(completion) if token in ends), most)
+            written.append(row + completion[: end + 1])
+    return written

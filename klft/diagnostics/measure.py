@@ -1,0 +1,312 @@
+"""Texts scored by two models: log-probabilities, entropies and both exact KLs of every token, without logits.
+
+    for batch in score_texts(model, reference, tokenizer, texts, batch_size=8, max_length=512):
+        log.add(batch.scores, batch.token_ids, batch.mask, is_prompt=batch.is_prompt, sample_ids=batch.sample_ids)
+
+What the command line, recipes/measure_kl.py and TokenKLCallback have in common. Deliberately absent: files and models'
+names (klft.diagnostics.sources), statistics, and text that the models write themselves.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from klft.diagnostics.records import SCHEMA, records_table
+from klft.fused import TokenScores, token_scores
+from klft.heads import LMHead, base_of, hidden_states
+from klft.penalty import score_logits
+from klft.reference import (
+    AdapterReference,
+    FrozenReference,
+    VocabularyCut,
+    causal_inputs,
+    check_vocabularies,
+    evaluating,
+    require_causal_lm,
+)
+
+logger = logging.getLogger(__name__)
+
+LOGITS_ROWS = 256  # tokens whose logits are in fp32 at a time, where a head can only be scored from logits
+
+
+class Encoded(NamedTuple):
+    """Texts as token ids: of each, how many belong to the prompt, and its number among the texts that were given."""
+
+    ids: list[list[int]]
+    prompt_lengths: list[int]
+    sample_ids: list[int]
+
+
+class ScoredTexts(NamedTuple):
+    """A batch of B texts, padded on the right to T tokens."""
+
+    scores: TokenScores  # [B, T] each, top lists [B, T, k]: under each token what was predicted there; 0 off the mask
+    token_ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T]: True where a token was predicted, which the first one of a text is not
+    is_prompt: Tensor  # [B, T]
+    sample_ids: Tensor  # [B]: number of the text among those given
+
+
+def score_texts(
+    model: nn.Module,
+    reference: Any,
+    tokenizer: Any,
+    texts: "Sequence[Any] | Encoded",
+    *,
+    batch_size: int,
+    max_length: int,
+    temperature: float = 1.0,
+    top_k: int = 5,
+) -> Iterator[ScoredTexts]:
+    """Score each token of the texts under the policy `model` and a reference: everything in TokenScores, in nats.
+
+    Both models run in eval mode without gradients and get their modes back; the logits never exist whole. Under tensor
+    parallelism or FSDP2 all processes score the same texts together.
+
+    Args:
+        reference: a FrozenReference, an AdapterReference, a second causal LM (it is frozen), or None where the policy
+            has an adapter: then the policy with its adapter off.
+        texts: what `encode_texts` takes, token ids too; or what it gives, which is then scored as it is.
+
+    Raises ValueError for vocabularies that cannot be compared, texts longer than a model has positions, and where no
+    text has a token to score; TypeError for what is no causal language model. All of that before the first batch.
+    """
+    if batch_size < 1 or top_k < 0:
+        raise ValueError(f"batch_size must be at least 1 and top_k at least 0, got {batch_size} and {top_k}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    require_causal_lm(model, "model")
+    reference = as_reference(reference, model)
+    check_vocabularies(model, reference.model, tokenizer)
+    found = texts if isinstance(texts, Encoded) else encode_texts(tokenizer, texts, max_length=max_length)
+    check_positions(max(map(len, found.ids), default=0), model, reference.model)
+    return _batches(_Scorer(model, reference, temperature, top_k), found, batch_size)
+
+
+def scored_table(batches: Iterable[ScoredTexts], tokenizer: Any) -> pa.Table:
+    """One row per token, as `records_table` makes them; `sample_id` is the text's number."""
+    parts = [
+        records_table(b.scores, b.token_ids, b.mask, tokenizer, is_prompt=b.is_prompt, sample_ids=b.sample_ids)
+        for b in batches
+    ]
+    return pa.concat_tables(parts or [SCHEMA.empty_table()])
+
+
+def as_reference(reference: Any, model: nn.Module) -> FrozenReference | AdapterReference:
+    """A model or a klft reference -> a klft reference; None -> the policy with its adapter off.
+
+    Raises ValueError where the policy is given as its own reference, or None and it has no adapter; TypeError for what
+    is no causal language model.
+    """
+    if isinstance(reference, (FrozenReference, AdapterReference)):
+        return reference
+    if reference is model:
+        raise ValueError("the reference is the policy itself, so every KL is 0: load it a second time, or copy it")
+    if reference is not None:
+        return FrozenReference(reference)
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"there is no reference, and {type(model).__name__} has no PEFT adapter that could be switched off; pass a "
+            "second model"
+        )
+    return AdapterReference(model)  # pyright: ignore[reportArgumentType]
+
+
+def check_positions(longest: int, model: nn.Module, ref_model: nn.Module) -> None:
+    """Raise ValueError where a model has fewer positions than the longest text has tokens."""
+    for role, each in (("model", model), ("reference", ref_model)):
+        positions = getattr(base_of(each).config.get_text_config(), "max_position_embeddings", None) or longest
+        if 0 < positions < longest:
+            raise ValueError(f"texts have up to {longest} tokens, the {role} {positions} positions: cut them shorter")
+
+
+# --- texts -> ids ----------------------------------------------------------------------------------------------------
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int) -> Encoded:
+    """Texts as token ids, those without a token to score left out, long ones cut at the end; says how many.
+
+    Each is a string, {"text": ...}, {"prompt": ..., "completion": ...} (strings or messages), {"messages": [...]} whose
+    last one is the assistant's, or a pair (token ids, tokens of the prompt). A token that a prompt's last characters
+    share with the completion belongs to the completion. Raises ValueError where nothing is left, naming why.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 (the first token is not predicted), got {max_length}")
+    found = Encoded([], [], [])
+    cut = 0
+    for number, text in enumerate(texts):
+        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number)
+        kept = list(ids)[:max_length]
+        if len(kept) > max(prompt, 1):
+            found.ids.append(kept)
+            found.prompt_lengths.append(prompt)
+            found.sample_ids.append(number)
+            cut += len(ids) > max_length
+    if not found.ids:
+        raise ValueError(
+            f"none of {len(texts)} text(s) has a token to score: they are empty, a single token, or have no completion "
+            f"within max_length = {max_length}"
+        )
+    dropped = len(texts) - len(found.ids)
+    if dropped:
+        logger.warning("%d of %d texts are left out: they have no token to score", dropped, len(texts))
+    if cut:
+        logger.warning("%d of %d texts are cut to their first %d tokens", cut, len(texts), max_length)
+    return found
+
+
+def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+    """A string, or messages that an assistant would answer, as token ids."""
+    from trl import apply_chat_template, is_conversational
+
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
+
+
+def _encode(tokenizer: Any, text: Any, number: int) -> tuple[list[int], int]:
+    """(ids, tokens of the prompt)."""
+    if isinstance(text, str):
+        text = {"text": text}
+    if isinstance(text.get("text"), str):
+        return (tokenizer(text["text"], verbose=False)["input_ids"] if text["text"].strip() else []), 0
+    try:
+        return _encode_pair(tokenizer, text)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"text {number} is neither a text, nor a prompt and its completion, nor messages that end with the "
+            f"assistant's ({type(error).__name__}: {error}); it has {sorted(text)}"
+        ) from error
+
+
+def _encode_pair(tokenizer: Any, text: dict[str, Any]) -> tuple[list[int], int]:
+    from trl import apply_chat_template, is_conversational
+
+    if "messages" in text:
+        *before, last = text["messages"]
+        if last["role"] != "assistant":
+            raise ValueError(f"the last message's role is {last['role']!r}")
+        text = {"prompt": before, "completion": [last]}
+    pair, options = {"prompt": text["prompt"], "completion": text["completion"]}, {}
+    if is_conversational(pair):
+        pair, options = apply_chat_template(pair, tokenizer), {"add_special_tokens": False}
+    prompt = tokenizer(pair["prompt"], verbose=False, **options)["input_ids"]
+    whole = tokenizer(pair["prompt"] + pair["completion"], verbose=False, **options)["input_ids"]
+    same = [a == b for a, b in zip(prompt, whole, strict=False)]
+    return whole, [*same, False].index(False)
+
+
+def check_tokenizers(tokenizer: Any, ref_tokenizer: Any) -> None:
+    """Raise ValueError, naming the first ones, where an id stands for different pieces in two tokenizers.
+
+    Ids that only one of them has are no contradiction: whether both heads have a row for them, `score_texts` checks.
+    """
+    mine, theirs = ({i: piece for piece, i in each.get_vocab().items()} for each in (tokenizer, ref_tokenizer))
+    differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+    if differing:
+        shown = "; ".join(f"{i} is {mine[i]!r} and {theirs[i]!r}" for i in differing[:3])
+        raise ValueError(
+            f"the tokenizers of policy and reference differ in {len(differing):,} ids: {shown}. KL per token needs two "
+            "models with one vocabulary"
+        )
+
+
+# --- ids -> scores ---------------------------------------------------------------------------------------------------
+
+
+def _batches(scorer: "_Scorer", texts: Encoded, batch_size: int) -> Iterator[ScoredTexts]:
+    for start in range(0, len(texts.ids), batch_size):
+        part = slice(start, start + batch_size)
+        rows, prompts, numbers = texts.ids[part], texts.prompt_lengths[part], texts.sample_ids[part]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        place = torch.arange(width)
+        real = place < torch.tensor([len(row) for row in rows])[:, None]
+        counts = real & (place > 0)
+        values = {name: _spread(value.cpu(), counts) for name, value in scorer(ids, real, counts).items()}
+        is_prompt = real & (place < torch.tensor(prompts)[:, None])
+        yield ScoredTexts(TokenScores(**values), ids, counts, is_prompt, torch.tensor(numbers))
+
+
+def _spread(values: Tensor, counts: Tensor) -> Tensor:
+    """[N, ...] -> [B, T, ...], zeros where nothing counts."""
+    spread = values.new_zeros(*counts.shape, *values.shape[1:])
+    spread[counts] = values
+    return spread
+
+
+class _Scorer:
+    """Both models over one batch: TokenScores' names -> [N] or [N, k], for the tokens that count."""
+
+    def __init__(self, model: nn.Module, reference: FrozenReference | AdapterReference, temperature: float, top_k: int):
+        self.model, self.reference, self.temperature, self.top_k = model, reference, temperature, top_k
+        self.from_logits, self.told, self.cut = False, False, VocabularyCut()
+
+    def __call__(self, ids: Tensor, real: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        ids, real, counts = ids.to(device), real.long().to(device), counts.to(device)
+        inputs = causal_inputs(self.model, ids, real, ids.shape[1])
+        predicts, tokens = counts.roll(-1, 1), ids[counts]  # a token's prediction lies one position before it
+        if not self.from_logits:
+            try:
+                with evaluating(self.model), hidden_states(self.model) as kept:
+                    self.model(**inputs)
+                    head = LMHead.from_model(self.model)
+                ref_hidden, ref_head = self.reference.hidden(ids, real, ids.shape[1])
+            except TypeError as error:
+                logger.info("scoring from logits: %s", error)
+                self.from_logits = True
+            else:
+                ref_hidden = ref_hidden[predicts.to(ref_hidden.device)].to(device)
+                return self._from_heads(kept.hidden[predicts], head, tokens, ref_hidden, ref_head)
+        with evaluating(self.model):
+            logits = self.model(**inputs).logits[predicts]
+            ref_logits = self.reference(ids, real, ids.shape[1])[predicts]
+            return self._from_logits(logits, tokens, ref_logits)
+
+    @torch.no_grad()
+    def _from_heads(
+        self, hidden: Tensor, head: LMHead, tokens: Tensor, ref_hidden: Tensor, ref_head: LMHead
+    ) -> dict[str, Tensor]:
+        bias = None if ref_head.bias is None else ref_head.bias.to(hidden.device)
+        ref_head = replace(ref_head, weight=ref_head.weight.to(hidden.device), bias=bias)
+        common = min(head.rows, ref_head.rows)
+        if not self.told and head.rows != ref_head.rows:
+            self.told = True
+            wide, side = (head, hidden) if head.rows > common else (ref_head, ref_hidden)
+            # Cutting divides every other probability by what the cut ids leave over.
+            of_all, of_common = (token_scores(side, each, tokens).logp for each in (wide, wide.cut(common)))
+            held = -torch.expm1(of_all - of_common).min().item()
+            logger.warning(
+                "the models have %d and %d vocabulary rows: ids from %d on are padding and left out (at most %.1e of "
+                "the probability in the first batch)", head.rows, ref_head.rows, common, held,
+            )  # fmt: skip
+        found = token_scores(
+            hidden, head.cut(common), tokens, ref_hidden, ref_head.cut(common), temperature=self.temperature,
+            top_k=min(self.top_k, common),
+        )  # fmt: skip
+        return _named(found)
+
+    def _from_logits(self, logits: Tensor, tokens: Tensor, ref_logits: Tensor) -> dict[str, Tensor]:
+        common = min(logits.shape[-1], ref_logits.shape[-1])
+        logits, ref_logits = self.cut(logits, common), self.cut(ref_logits, common)
+        parts = []
+        for a, b, ids in zip(*(t.split(LOGITS_ROWS) for t in (logits, ref_logits, tokens)), strict=True):
+            a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) / self.temperature for t in (a, b))
+            found = _named(score_logits(a, b, ids))
+            for side, z in (("", a), ("ref_", b)) if self.top_k else ():
+                found[f"{side}top_p"], found[f"{side}top_ids"] = z.softmax(-1).topk(min(self.top_k, common))
+            parts.append(found)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _named(scores: TokenScores) -> dict[str, Tensor]:
+    found = {f.name: getattr(scores, f.name) for f in fields(scores)}
+    return {name: value for name, value in found.items() if value is not None}

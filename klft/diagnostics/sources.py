@@ -1,0 +1,205 @@
+"""Where the two models and the texts of a comparison come from: names and files, with errors that say what to do.
+
+`load_models` and `read_texts` serve the command line and recipes/measure_kl.py. A repository's own code runs only where
+the caller says so, and never the reference's; weights are read from safetensors. Deliberately absent: the scoring.
+"""
+
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from klft.diagnostics.measure import check_tokenizers
+from klft.reference import AdapterReference, FrozenReference, require_causal_lm
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
+
+
+def quiet() -> None:
+    """No progress bars and no advice from the libraries that load. klft's own warnings come from one process only."""
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    if int(os.environ.get("RANK", 0)):
+        logging.getLogger("klft").setLevel(logging.ERROR)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def load_models(
+    model: str,
+    reference: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, FrozenReference | AdapterReference, Any]:
+    """(policy, reference, tokenizer) by folder or hub id; of a PEFT adapter, its base model with the adapter on.
+
+    Without `reference` the policy is an adapter, compared with its own base. `device`: by default "cuda" where there is
+    one, else "cpu". `trust_remote_code` goes to the policy alone. Raises ValueError, naming the model, for what cannot
+    be loaded, for tokenizers that differ, and for a dtype or device that is not there; TypeError for what is no causal
+    language model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    device = _device(device)
+    tokenizer = _tokenizer(model, "model", trust_remote_code)
+    ref_tokenizer = None if reference is None else _tokenizer(reference, "reference", False)
+    if tokenizer is not None and ref_tokenizer is not None:
+        check_tokenizers(tokenizer, ref_tokenizer)
+    tokenizer = tokenizer or ref_tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"there is no tokenizer beside {' or '.join(filter(None, (model, reference)))}: save one there"
+        )
+    policy = _model(model, "model", dtype, trust_remote_code).to(device)
+    if reference is not None:
+        return policy, FrozenReference(_model(reference, "reference", dtype, False).to(device)), tokenizer
+    if not hasattr(policy, "disable_adapter"):
+        raise ValueError(f"model {model} is not a PEFT adapter (it has no adapter_config.json): name a reference too")
+    return policy, AdapterReference(policy), tokenizer
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}. Say cpu") from error
+    return name
+
+
+@contextmanager
+def _explained(role: str, name: str):
+    """A loader's errors, of many kinds, as one ValueError that names the model."""
+    try:
+        yield
+    except Exception as error:
+        folder = "" if Path(name).exists() else "there is no such folder, and "
+        raise ValueError(f"{role} {name}: {folder}{' '.join(str(error).split()) or repr(error)}") from error
+
+
+def _adapter_config(name: str) -> Any:
+    """The configuration of a PEFT adapter, or None for any other model."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name) is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ModuleNotFoundError as error:
+        raise ValueError("it is a PEFT adapter: pip install klft[peft]") from error
+    return PeftConfig.from_pretrained(name)
+
+
+def _tokenizer(name: str, role: str, trust: bool) -> Any:
+    """What is saved beside a model (an adapter's own, or else its base model's), or None."""
+    from transformers import AutoTokenizer
+
+    with _explained(role, name):
+        adapter = _adapter_config(name)
+        for each in [name] if adapter is None else [name, adapter.base_model_name_or_path]:
+            # A folder without the files would get the empty tokenizer that its model type's class makes.
+            if not Path(each).is_dir() or any(next(Path(each).glob(f), None) for f in TOKENIZER_FILES):
+                return AutoTokenizer.from_pretrained(each, trust_remote_code=trust)
+    return None
+
+
+def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    with _explained(role, name):
+        adapter = _adapter_config(name)
+        base = name if adapter is None else adapter.base_model_name_or_path
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        kind = (config.architectures or [type(config).__name__])[0]
+        raise TypeError(f"{role} {name}: expected a causal language model (AutoModelForCausalLM), got {kind}")
+    with _explained(role, name):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=trust)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name, config=adapter)
+    require_causal_lm(model, f"{role} {name}")
+    return model.eval()
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(
+    name: str, *, split: str = "train", column: str | None = None, max_texts: int | None = None
+) -> list[Any]:
+    """The first `max_texts` texts of a file or a dataset, in its order, each as `encode_texts` takes it.
+
+    A .txt file has one text per line, in UTF-8. A .jsonl, .json, .parquet or .csv file, or the `split` of a dataset by
+    name or folder, has a column `column` (texts or messages), or else "text", "prompt" and "completion", or "messages".
+    Raises ValueError that names the file and what is wrong: missing, empty, binary, without such a column.
+    """
+    if max_texts is not None and max_texts < 1:
+        raise ValueError(f"max_texts must be at least 1, got {max_texts}")
+    path = Path(name)
+    if path.suffix == ".txt" or (path.is_file() and path.suffix not in BUILDERS):
+        texts: list[Any] = _lines(path)[:max_texts]
+    else:
+        rows, choices = _rows(path, name, split), [(column,)] if column else COLUMNS
+        columns = next((each for each in choices if set(each) <= set(rows.column_names)), None)
+        if columns is None:
+            wanted = ", or ".join(" and ".join(map(repr, each)) for each in choices)
+            raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. Name one with `column`")
+        rows = rows.select_columns(list(columns)).select(range(min(max_texts or len(rows), len(rows))))
+        texts = list(rows) if len(columns) > 1 else [_cell(value) for value in rows[columns[0]]]
+    if not texts:
+        raise ValueError(f"{name} is empty: there is no text in it")
+    return texts
+
+
+def _cell(value: Any) -> Any:
+    return {"messages": value} if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is binary: it holds NUL bytes. Texts are one per line, in UTF-8")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _rows(path: Path, name: str, split: str) -> Any:
+    """A datasets.Dataset. Of a local file nothing stays in a cache."""
+    from datasets import load_dataset
+
+    if path.suffix in BUILDERS and not path.is_file():
+        raise ValueError(f"{name}: there is no such file")
+    try:
+        if not path.is_file():
+            return load_dataset(name, split=split)
+        with TemporaryDirectory() as cache:
+            files, kind = str(path), BUILDERS[path.suffix]
+            return load_dataset(kind, data_files=files, split="train", cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise ValueError(f"{name}: {' '.join(str(reason).split()) or repr(reason)}") from error
