@@ -10,8 +10,8 @@ from torch import Tensor
 
 from klft.divergences import BLOCK
 
-# Larger than where the passes are fastest (1 << 17): an operation this short waits for its threads more than it works
-# as soon as the machine has anything else to do.
+# Not smaller: an operation this short waits for its threads more than it works as soon as the machine has anything else
+# to do. Not larger: the intermediate results leave the cache.
 CPU_BLOCK = 1 << 19
 E = 2.718281828459045
 # Of 2 (exp(x) - 1 - x) / x^2 on [-1, 1]: each coefficient over the one before. In fp64 Taylor's; in fp32 those of the
@@ -22,10 +22,18 @@ RATIOS = [
 ]  # fmt: skip
 
 
+def _step(tile: Tensor) -> int:
+    return max(1, (CPU_BLOCK if tile.device.type == "cpu" else BLOCK) // max(1, tile.shape[1]))
+
+
 def blocks(tile: Tensor):
     """Slices of rows, each about one cache's worth."""
-    step = max(1, (CPU_BLOCK if tile.device.type == "cpu" else BLOCK) // max(1, tile.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(tile), step))
+    return (slice(start, start + _step(tile)) for start in range(0, len(tile), _step(tile)))
+
+
+def _scratch(tile: Tensor, count: int) -> Tensor:
+    """Room for `count` intermediate results of a block. Fresh memory for each would cost more than the arithmetic."""
+    return tile.new_empty(count, min(_step(tile), len(tile)), tile.shape[1])
 
 
 def log_sum_exp(z: Tensor) -> Tensor:
@@ -44,33 +52,34 @@ def subtract_(z: Tensor, rows: Tensor) -> None:
     z.sub_(rows[:, None])
 
 
-def _gap_over(x: Tensor) -> Tensor:
+def _gap_over(x: Tensor, out: Tensor) -> Tensor:
     """(exp(x) - 1 - x) / x for |x| <= 1, to the last digit of its type: nested, (x/2) * (1 + r1 x (1 + r2 x (...)))."""
     ratios = EXACT_RATIOS if x.dtype == torch.float64 else RATIOS
     one = x.new_ones(())
-    series = torch.addcmul(one, x, one, value=ratios[-1])
+    torch.addcmul(one, x, one, value=ratios[-1], out=out)
     for ratio in ratios[-2::-1]:
-        torch.addcmul(one, x, series, value=ratio, out=series)
-    return series.mul_(x).mul_(0.5)
+        torch.addcmul(one, x, out, value=ratio, out=out)
+    return out.mul_(x).mul_(0.5)
 
 
-def _gaps(p: Tensor, q: Tensor, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+def _gaps(p: Tensor, q: Tensor, x: Tensor, names: tuple[str, ...], room: Tensor) -> list[Tensor]:
     """Sums of the Bregman gaps p * (e^x - 1 - x) and q * (e^-x - 1 + x), x = log(q/p), [n, v] -> [n] each.
 
     Each term is >= 0 and accurate for x near 0. Past |x| = 1 what is left is added from differences that no longer
     cancel: `above` and `below` are 0 for |x| <= 1, and so is x - clamp(x).
     """
-    near = x.clamp(-1, 1)
-    g = _gap_over(near)
-    beyond = x - near
-    above, below = torch.sub(q, p, alpha=E).relu_(), torch.sub(q, p, alpha=1 / E).clamp_max_(0)
+    near = torch.clamp(x, -1, 1, out=room[0])
+    g = _gap_over(near, room[1])
+    beyond = x.sub_(near)
+    above = torch.sub(q, p, alpha=E, out=room[2]).relu_()
+    below = torch.sub(q, p, alpha=1 / E, out=room[3]).clamp_max_(0)
     sums = []
     if "reverse_kl" in names:
-        reverse = torch.mul(g, near).sub_(beyond).mul_(p).add_(above).add_(below)
+        reverse = torch.mul(g, near, out=room[4]).sub_(beyond).mul_(p).add_(above).add_(below)
         sums.append(reverse.sum(-1))
     if "forward_kl" in names:
         # With g = gap(x)/x: 1 - e^x + x e^x = x * (x + x g - g).
-        forward = torch.addcmul(near, near, g).sub_(g).mul_(near).mul_(p)
+        forward = torch.addcmul(near, near, g, out=room[4]).sub_(g).mul_(near).mul_(p)
         sums.append(forward.addcmul_(q, beyond).sub_(below, alpha=2).sum(-1))
     return sums
 
@@ -82,33 +91,36 @@ def exact_sums(lp: Tensor, lq: Tensor | None, names: tuple[str, ...]) -> Tensor:
     """
     sums = lp.new_zeros(len(names), len(lp))
     kls = tuple(name for name in names if name.endswith("_kl"))
+    scratch = _scratch(lp, 8 if kls else 2)
     for rows in blocks(lp):
-        found = []
-        p, q = lp[rows].exp(), None
+        found, room = [], scratch[:, : len(lp[rows])]
+        p = torch.exp(lp[rows], out=room[0])
         if "entropy" in names:
-            found.append(torch.mul(p, lp[rows]).sum(-1).neg_())
-        if lq is not None and len(names) > ("entropy" in names):
-            q = lq[rows].exp()
-            if "ref_entropy" in names:
-                found.append(torch.mul(q, lq[rows]).sum(-1).neg_())
-            if kls:
-                found += _gaps(p, q, lq[rows] - lp[rows], kls)
+            found.append(torch.mul(p, lp[rows], out=room[1]).sum(-1).neg_())
+        if lq is not None and "ref_entropy" in names:
+            found.append(torch.exp(lq[rows], out=room[1]).mul_(lq[rows]).sum(-1).neg_())
+        if lq is not None and kls:
+            q, x = torch.exp(lq[rows], out=room[1]), torch.sub(lq[rows], lp[rows], out=room[2])
+            found += _gaps(p, q, x, kls, room[3:])
         sums[:, rows] = torch.stack(found)
     return sums
 
 
 def gradient_(lp: Tensor, lq: Tensor | None, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None) -> None:
     """lp <- p * (a + b * lp + c * (lq - lp)) - d * q, in place; a, b, c, d [n], None where nothing asks for it."""
+    scratch = _scratch(lp, 3)
     for rows in blocks(lp):
         z, inner = lp[rows], None
-        p = z.exp()
-        # Rows are multiplied and added one after the other: a fused addcmul with such a factor takes six times as long.
+        p, first, second = scratch[:, : len(z)]
+        torch.exp(z, out=p)
+        # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
         if c is not None:
             assert lq is not None
-            inner = torch.sub(lq[rows], z).mul_(c[rows, None])
+            inner = torch.sub(lq[rows], z, out=first).mul_(c[rows, None])
         if b is not None:
-            inner = z * b[rows, None] if inner is None else inner.add_(z * b[rows, None])
+            term = torch.mul(z, b[rows, None], out=second)
+            inner = term if inner is None else inner.add_(term)
         torch.mul(p, a[rows, None] if inner is None else inner.add_(a[rows, None]), out=z)
         if d is not None:
             assert lq is not None
-            z.sub_(lq[rows].exp().mul_(d[rows, None]))
+            z.sub_(torch.exp(lq[rows], out=first).mul_(d[rows, None]))
