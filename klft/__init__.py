@@ -5,7 +5,7 @@ loss with the right gradient. All values in nats, one per token. Arguments come 
 
 Shapes: B batch, T tokens, N = B*T flattened, V vocabulary, D hidden.
 
-`import klft` loads torch and nothing heavier; the PPO trainer and whatever needs transformers load on first use.
+`import klft` loads torch and nothing heavier; what needs torch.distributed or transformers loads on first use.
 """
 
 from importlib import import_module
@@ -23,16 +23,16 @@ from klft.divergences import (
     skew_reverse_kl,
 )
 from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
-from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores
-from klft.heads import LMHead
 from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
 from klft.shaping import shape_rewards
-from klft.sharding import VocabShard
 
 if TYPE_CHECKING:
+    from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores
+    from klft.heads import LMHead
     from klft.penalty import KLPenalty
     from klft.ppo import PPOConfig, PPOTrainer
     from klft.reference import AdapterReference, FrozenReference
+    from klft.sharding import VocabShard
 
 __version__ = "0.1.0"
 
@@ -40,8 +40,14 @@ _LAZY = {
     "AdapterReference": "klft.reference",
     "FrozenReference": "klft.reference",
     "KLPenalty": "klft.penalty",
+    "LMHead": "klft.heads",
     "PPOConfig": "klft.ppo",
     "PPOTrainer": "klft.ppo",
+    "TokenScores": "klft.fused",
+    "VocabShard": "klft.sharding",
+    "fused_token_loss": "klft.fused",
+    "linear_divergence": "klft.fused",
+    "token_scores": "klft.fused",
 }
 
 __all__ = [
