@@ -8,7 +8,7 @@ a NaN under the mask changes neither a value nor a gradient. `reduce` sums a ten
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -17,6 +17,13 @@ def alone(t: Tensor) -> Tensor:
 
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+def spread(flat: Shaped[Tensor, "N *K"], mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T *K"]:
+    """What was taken by `t[mask]`, back in its places; 0 elsewhere."""
+    grid = flat.new_zeros(*mask.shape, *flat.shape[1:])
+    grid[mask] = flat
+    return grid
 
 
 def masked_sum(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:

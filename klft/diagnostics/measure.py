@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from klft.diagnostics.records import SCHEMA, records_table
 from klft.fused import TokenScores, token_scores
 from klft.heads import LMHead, base_of, hidden_states
+from klft.masked import spread
 from klft.penalty import score_logits
 from klft.reference import (
     AdapterReference,
@@ -230,16 +231,9 @@ def _batches(scorer: "_Scorer", texts: Encoded, batch_size: int) -> Iterator[Sco
         place = torch.arange(width)
         real = place < torch.tensor([len(row) for row in rows])[:, None]
         counts = real & (place > 0)
-        values = {name: _spread(value.cpu(), counts) for name, value in scorer(ids, real, counts).items()}
+        values = {name: spread(value.cpu(), counts) for name, value in scorer(ids, real, counts).items()}
         is_prompt = real & (place < torch.tensor(prompts)[:, None])
         yield ScoredTexts(TokenScores(**values), ids, counts, is_prompt, torch.tensor(numbers))
-
-
-def _spread(values: Tensor, counts: Tensor) -> Tensor:
-    """[N, ...] -> [B, T, ...], zeros where nothing counts."""
-    spread = values.new_zeros(*counts.shape, *values.shape[1:])
-    spread[counts] = values
-    return spread
 
 
 class _Scorer:

@@ -11,6 +11,7 @@ from trl import apply_chat_template, is_conversational
 
 from klft.fused import TokenScores, token_scores
 from klft.heads import LMHead, base_of, hidden_states
+from klft.masked import spread
 from klft.ppo.value import OUTPUT_KEY, with_values
 from klft.reference import causal_inputs, evaluating
 from klft.sharding import VocabShard
@@ -212,10 +213,3 @@ class Scorer:
             if flat[0] is not None:
                 found[f.name] = spread(torch.cat(flat), batch.mask)
         return TokenScores(**found), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-
-
-def spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """[N, ...] -> [B, C, ...] under the tokens that count, 0 elsewhere."""
-    grid = flat.new_zeros(*mask.shape, *flat.shape[1:])
-    grid[mask] = flat
-    return grid

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from klft.fused import TokenScores, fused_token_loss
-from klft.masked import masked_sum, masked_var, masked_whiten
+from klft.masked import masked_sum, masked_var, masked_whiten, spread
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
@@ -27,7 +27,7 @@ from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
 from klft.ppo.losses import gae, policy_losses, value_losses
 from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name, reward_weights
-from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, spread, tokenize_prompts
+from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, tokenize_prompts
 from klft.ppo.setup import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
 from klft.reference import vocab_size
 from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
