@@ -58,7 +58,7 @@ def _backend(name: str, device: torch.device) -> Any:
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return torch_backend
     try:
-        from klft.fused import triton_backend  # pyright: ignore
+        from klft.fused import triton_backend
     except ImportError as error:
         if name == "triton":
             raise ImportError("backend='triton' needs the package triton: pip install triton, or 'torch'") from error
@@ -94,7 +94,7 @@ def _problem(
     if (ref_hidden is None) != (ref_head is None):
         raise ValueError("ref_hidden and ref_head belong together: give both or neither")
     n = hidden.shape[0] if token_ids is None else token_ids.shape[0]
-    vocab_size = head.weight.shape[0] if head.shard is None else head.shard.vocab_size
+    vocab_size = head.rows
     _check(hidden, head, "the policy", n)
     if token_ids is None:
         token_ids = torch.zeros(n, dtype=torch.long, device=hidden.device)
@@ -107,7 +107,7 @@ def _problem(
     reference = None
     if ref_hidden is not None and ref_head is not None:
         _check(ref_hidden, ref_head, "the reference", n)
-        ref_head = _beside(head, ref_head, vocab_size)
+        ref_head = _beside(head, ref_head)
         reference = Side(ref_hidden, ref_head, temperature)
     policy = Side(hidden, head, temperature)
     elements, tokens = (CPU_TILE, CPU_TOKENS) if hidden.device.type == "cpu" else (TILE, TOKENS)
@@ -115,13 +115,12 @@ def _problem(
     return Problem(policy, reference, token_ids, head.shard, elements, tokens, wants, _backend(backend, hidden.device))
 
 
-def _beside(head: Any, ref_head: Any, vocab_size: int) -> Any:
+def _beside(head: Any, ref_head: Any) -> Any:
     """The reference's head with the same rows as the policy's."""
-    of_reference = ref_head.weight.shape[0] if ref_head.shard is None else ref_head.shard.vocab_size
-    if of_reference != vocab_size:
+    if ref_head.rows != head.rows:
         raise ValueError(
-            f"the policy's head has {vocab_size} rows, the reference's {of_reference}: cut both to the ids they share, "
-            f"head.cut({min(vocab_size, of_reference)})"
+            f"the policy's head has {head.rows} rows, the reference's {ref_head.rows}: cut both to the ids they share, "
+            f"head.cut({min(head.rows, ref_head.rows)})"
         )
     if head.shard is None and ref_head.shard is None:
         return ref_head
@@ -177,6 +176,7 @@ class _Scored(torch.autograd.Function):
             g = problem.everyones({n: t[rows] for n, t in g_all.items()})
             _send_back(problem, tile, rows, grads, g)
         problem.finish(grads)
+        problem.free()
         return grads.hidden, grads.weight, grads.bias, None, None, None
 
 
@@ -213,6 +213,7 @@ class _Row(torch.autograd.Function):
             dz = tile.row_gradient(ctx.row, ctx.params, totals, slope, g)
             problem.send_back(dz, rows, grads, g == 0)
         problem.finish(grads)
+        problem.free()
         return grads.hidden, grads.weight, grads.bias, None, None, None
 
 
@@ -350,9 +351,8 @@ def token_scores(
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
     """
     problem = _problem(hidden, head, token_ids, ref_hidden, ref_head, temperature)
-    vocab_size = head.weight.shape[0] if head.shard is None else head.shard.vocab_size
-    if not 0 <= top_k <= vocab_size:
-        raise ValueError(f"token_scores: top_k must lie in 0..{vocab_size} (the vocabulary), got {top_k}")
+    if not 0 <= top_k <= head.rows:
+        raise ValueError(f"token_scores: top_k must lie in 0..{head.rows} (the vocabulary), got {top_k}")
     both = ref_hidden is not None
     names = ("logp", "entropy", "ref_logp", "ref_entropy", "reverse_kl", "forward_kl") if both else ("logp", "entropy")
     tops = top_k if both or top_k else -1
