@@ -10,8 +10,7 @@ from oracles import HEADS, two_heads, value_and_gradients
 from test_divergences import ROWS
 
 from klft import fused
-from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores, torch_backend
-from klft.fused import tiles as fused_tiles
+from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores
 from klft.heads import LMHead
 
 INF = math.inf
@@ -27,11 +26,10 @@ CONSTANT = ("ref_logp", "ref_entropy", "top1_agree")
 
 
 def set_tile(monkeypatch, elements):
-    """Logits per tile; where they are few, so are the rows of one pass over a tile and of one slice of a weight."""
+    """Logits per tile; where they are few, so are those of a slice."""
     for name in ("CPU_TILE", "TILE"):
         monkeypatch.setattr(fused, name, elements)
-    monkeypatch.setattr(torch_backend, "CPU_BLOCK", max(1, 2 * elements // 3))
-    monkeypatch.setattr(fused_tiles, "SLICE", EVERYTHING if elements == EVERYTHING else 11)
+    monkeypatch.setattr(fused, "CPU_SLICE", max(5, elements // 3))
 
 
 def tiles(monkeypatch, vocab):

@@ -37,7 +37,6 @@ from test_fused import (
 from test_fused_precision import assert_never_worse, plain, pooled, several
 
 from klft import fused
-from klft.fused import torch_backend
 from klft.sharding import VocabShard
 
 GROUPS = {1: [0], 2: [1, 2], 3: [0, 1, 2]}  # who makes up a world of that size
@@ -177,7 +176,7 @@ def found(case, rank, world, group):
         local.ref_weight, local.ref_bias = two.ref_weight[rows], two.ref_bias[rows]
         local.ref_options = two.ref_options | {"shard": shard}
     fused.CPU_TILE = EVERYTHING if case.special == "one tile" else 2 * -(-case.vocab // world)
-    torch_backend.CPU_BLOCK = fused.CPU_TILE // 2  # a tile in two passes
+    fused.CPU_SLICE = fused.CPU_TILE // 2  # a tile in two slices
     leaves = [x.clone().requires_grad_(not frozen(case, n, x)) for n, x in zip(NAMES, local.leaves, strict=False)]
     weight, per_token = weight[mine], [x[mine] for x in per_token]
     if case.what == "scores":

@@ -61,10 +61,13 @@ class Ledger(TorchDispatchMode):
 def cost(function, two, trained):
     leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(two.leaves)]
     mask = all_tokens(two)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the ledger sees what its own thread does
     with Ledger() as ledger:
         total = our_total(function, two, mask)(*leaves)
         if trained:
             total.backward()
+    torch.set_num_threads(threads)
     return ledger.products / (len(two.hidden) * two.weight.numel()), ledger.peak / (8 * two.logits(*leaves).numel())
 
 

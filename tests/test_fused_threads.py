@@ -1,14 +1,44 @@
-"""A pool of threads that is safe to share."""
+"""Slices of the vocabulary over threads: the dense result with any number of them, and a pool that is safe to share."""
 
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from oracles import HEADS, two_heads, value_and_gradients
+from test_divergences import ROWS
+from test_fused import (
+    EXACT,
+    LOSSES,
+    all_tokens,
+    dense_divergence,
+    dense_loss,
+    dense_scores,
+    dense_total,
+    every_function,
+    mix,
+    our_divergence,
+    our_loss,
+    our_scores,
+    our_total,
+    weights,
+)
 
+from klft import fused
 from klft.fused import threads
+
+
+@pytest.fixture(params=[1, 2, 3])
+def count(request, monkeypatch):
+    """So many threads, slices of one or two rows of the vocabulary."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(fused, "CPU_SLICE", 5)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -17,6 +47,92 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_values_and_gradients_are_the_dense_ones(kind, count):
+    for tokens, vocab in [(3, 13), (2, 7), (2, 1)]:
+        two = two_heads(tokens, vocab, kind)
+        truth = value_and_gradients(lambda *x, t=two: mix(dense_scores(t, *x)), two.leaves, weights(tokens))
+        found = value_and_gradients(lambda *x, t=two: mix(our_scores(t, *x)), two.leaves, weights(tokens))
+        torch.testing.assert_close(found, truth, **EXACT)
+        loss = LOSSES["products_of_scores"]
+        truth = value_and_gradients(dense_loss(two, loss), two.leaves, -3.7)
+        torch.testing.assert_close(value_and_gradients(our_loss(two, loss), two.leaves, -3.7), truth, **EXACT)
+        for name, params in ROWS:
+            truth = value_and_gradients(dense_divergence(two, name, *params), two.leaves, weights(tokens))
+            found = value_and_gradients(our_divergence(two, name, *params), two.leaves, weights(tokens))
+            torch.testing.assert_close(found, truth, **EXACT)
+
+
+def test_the_best_tokens_are_found_across_slices(count):
+    two = two_heads(3, 13, "all")
+    scores = our_scores(two, *two.leaves, top_k=5)
+    dense = torch.softmax(two.logits(*two.leaves), -1).topk(5)
+    torch.testing.assert_close(scores.top_p, dense.values, **EXACT)
+    assert torch.equal(scores.top_ids, dense.indices)
+
+
+@every_function
+def test_suppressed_tokens_are_as_if_they_were_not_there(function, count):
+    two, kept = two_heads(3, 13, "bias"), [0, *range(4, 11), 12]
+    gone = [i for i in range(13) if i not in kept]  # some slices lose all their rows, some one of two
+    for bias in (two.bias, two.ref_bias):
+        bias -= 800  # its exponential is 0: a slice without a finite logit must have no say in what is subtracted
+        bias[gone] = -torch.inf
+    two.token_ids.copy_(torch.tensor([5, 0, 12]))
+    few = replace(
+        two, weight=two.weight[kept], bias=two.bias[kept], ref_weight=two.ref_weight[kept],
+        ref_bias=two.ref_bias[kept], token_ids=torch.tensor([kept.index(i) for i in two.token_ids]),
+    )  # fmt: skip
+    truth = value_and_gradients(dense_total(function, few), few.leaves)
+    value, hidden, weight, bias = value_and_gradients(our_total(function, two, all_tokens(two)), two.leaves)
+    torch.testing.assert_close([value, hidden, weight[kept], bias[kept]], truth, **EXACT)
+    assert (weight[gone] == 0).all()
+    assert (bias[gone] == 0).all()
+
+
+@every_function
+def test_a_run_repeats_itself_to_the_bit(function, count):
+    two = two_heads(3, 13, "all")
+    total = our_total(function, two, all_tokens(two))
+    first = value_and_gradients(total, two.leaves)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(value_and_gradients(total, two.leaves), first, strict=True))
+
+
+@every_function
+def test_callers_in_threads_of_their_own(function, count):
+    twos = [two_heads(3, 13, "all", seed=seed) for seed in range(4)]
+    found = {}
+
+    def work(i):
+        torch.set_num_threads(count)
+        two = twos[i]
+        found[i] = [value_and_gradients(our_total(function, two, all_tokens(two)), two.leaves) for _ in range(5)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for i, two in enumerate(twos):
+        truth = value_and_gradients(dense_total(function, two), two.leaves)
+        for run in found[i]:
+            torch.testing.assert_close(run, truth, **EXACT)
+
+
+def test_a_loss_under_inference_mode(count):
+    two = two_heads(3, 13, "all")
+    truth = dense_scores(two, *two.leaves).reverse_kl
+    with torch.inference_mode():
+        torch.testing.assert_close(our_scores(two, *two.leaves).reverse_kl, truth, **EXACT)
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
 
 
 def test_jobs_run_at_once_in_order_and_each_with_its_share_of_torch(two_threads):

@@ -20,6 +20,7 @@ from oracles import two_heads, value_and_gradients
 
 from klft import fused
 from klft.fused import fused_token_loss, linear_divergence, token_scores, torch_backend
+from klft.fused.torch_backend import Norm
 from klft.heads import LMHead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
@@ -101,34 +102,53 @@ def close(found, truth, **tolerance):
     torch.testing.assert_close(found.double().cpu(), truth.double().cpu(), equal_nan=True, **(tolerance or CLOSE))
 
 
-# ---- log_sum_exp, log_softmax_, subtract_ ----------------------------------------------------------------------------
+def norm_of(lse, ref_lse):
+    """Of one slice whose logits have these log-sum-exps [n], as a Norm."""
+    return Norm(*(t[None] for t in (lse, torch.exp(-lse), ref_lse, torch.exp(-ref_lse), ref_lse - lse)))
 
 
-def normalises(n, v, offset, device):
+def sums_by(backend, lp, lq, names):
+    zero = lp.new_zeros(len(lp))
+    return backend.exact_sums([lp], [lq], norm_of(zero, zero), names, None)
+
+
+def gradient_by(backend, lp, lq, a, b=None, c=None, d=None):
+    zero = lp.new_zeros(len(lp))
+    return next(backend.gradients([lp], [lq], norm_of(zero, zero), a, b, c, d, None))
+
+
+def folded(backend, z):
+    peak, total = torch.full((2, len(z)), EDGE, dtype=z.dtype, device=z.device)
+    backend.fold_(z, peak, total, None)
+    return peak, total
+
+
+# ---- fold_ -----------------------------------------------------------------------------------------------------------
+
+
+def folds(n, v, offset, device):
     logits, _ = tile(normal(n, v) + offset, device)
     truth = logits.double()
+    z, intact = tile(logits, device)
     with several_blocks():
-        lse = kernels().log_sum_exp(logits)
-        assert lse.shape == (n,)
-        close(lse, truth.logsumexp(-1), **ROUNDING)
-        close(lse, torch_backend.log_sum_exp(logits), **ROUNDING)
-        z, intact = tile(logits, device)
-        kernels().log_softmax_(z)
+        peak, total = folded(kernels(), z)
+    close(peak, truth.amax(-1), rtol=0, atol=0)
+    close(z, truth - truth.amax(-1, keepdim=True), **ROUNDING)
     # As exact for logits of 1e4 as for logits of 1.
-    close(z, log_probabilities(truth), **ROUNDING)
+    close(total, (truth - truth.amax(-1, keepdim=True)).exp().sum(-1), **ROUNDING)
     assert intact()
-    torch_backend.log_softmax_(logits)
-    close(z, logits, **ROUNDING)
+    for mine, theirs in zip((peak, total, z), (*folded(torch_backend, logits), logits), strict=True):
+        close(mine, theirs, **ROUNDING)
 
 
 @tokens
 @sizes
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_normalises(check, n, v, offset):
-    check(normalises, n, v, offset)
+def test_fold(check, n, v, offset):
+    check(folds, n, v, offset)
 
 
-def normalises_the_unusual(device):
+def folds_the_unusual(device):
     v = 600
     values = normal(8, v)
     values[0, ::2] = -INF
@@ -143,34 +163,25 @@ def normalises_the_unusual(device):
     values[7, 5] = NAN
     z, intact = tile(values, device)
     with several_blocks():
-        lse = kernels().log_sum_exp(z)
-        close(lse, z.double().logsumexp(-1))
-        assert lse[2] == -INF
-        assert lse[3] == INF
-        assert lse[[4, 5, 7]].isnan().all()
-        truth = log_probabilities(z.double())
-        kernels().log_softmax_(z)
+        peak, total = folded(kernels(), z)
     assert intact()
-    assert z[2:6].isnan().all()
-    keep = [0, 1, 6, 7]
-    close(z[keep], truth[keep])
+    keep = [0, 1, 6]
+    close(peak[keep], values[keep].amax(-1))
+    close(total[keep], (values - values.amax(-1, keepdim=True))[keep].exp().sum(-1))
+    close(z[keep], (values - values.amax(-1, keepdim=True))[keep])
+    assert peak[2:4].tolist() == [0, 0]
+    assert total[2] == 0
+    assert (z[2] == -INF).all()
+    assert not total[[3, 4, 5, 7]].isfinite().any()
+    assert peak.isfinite().all()
+    theirs = tile(values, device)[0]
+    other = folded(torch_backend, theirs)
+    assert other[1].isfinite().tolist() == total.isfinite().tolist()
+    assert (other[0].isfinite() & (other[0][[0, 1, 2, 3, 6]] == peak[[0, 1, 2, 3, 6]]).all()).all()
 
 
-def test_normalises_the_unusual(check):
-    check(normalises_the_unusual)
-
-
-def subtracts(device):
-    z, intact = tile(normal(3, 127), device)
-    rows = torch.tensor([1.0, -INF, NAN], device=device)
-    truth = z.double() - rows[:, None].double()
-    kernels().subtract_(z, rows)
-    close(z, truth, **ROUNDING)
-    assert intact()
-
-
-def test_subtracts(check):
-    check(subtracts)
+def test_fold_the_unusual(check):
+    check(folds_the_unusual)
 
 
 # ---- exact_sums ------------------------------------------------------------------------------------------------------
@@ -194,18 +205,18 @@ def sums(n, v, spread, device):
     lp, _ = tile(log_probabilities(logits), device)
     lq, _ = tile(log_probabilities(ref_logits), device, more=2)
     with several_blocks():
-        found = kernels().exact_sums(lp, lq, NAMES)
+        found = sums_by(kernels(), lp, lq, NAMES)
         assert found.shape == (4, n)
         assert (found[2:] >= 0).all()
         close(found, true_sums(lp, lq))
-        close(found, torch_backend.exact_sums(lp, lq, NAMES))
+        close(found, sums_by(torch_backend, lp, lq, NAMES))
         for i, name in enumerate(NAMES):
             every = getattr(oracles, name.removeprefix("ref_"))
             arguments = {"entropy": [logits], "ref_entropy": [ref_logits]}.get(name, [logits, ref_logits])
             close(found[i], every(*arguments))
-        close(kernels().exact_sums(lp, None, ("entropy",)), found[:1])
+        close(sums_by(kernels(), lp, lp, ("entropy",)), found[:1])
         for names in (c for k in (1, 2, 3) for c in itertools.combinations(NAMES, k) if v == 5):
-            close(kernels().exact_sums(lp, lq, names), found[[NAMES.index(name) for name in names]])
+            close(sums_by(kernels(), lp, lq, names), found[[NAMES.index(name) for name in names]])
 
 
 @tokens
@@ -226,7 +237,7 @@ def suppressed(device):
     lp[3:5], lq[3], lq[5] = -INF, -INF, -INF
     lp, lq = tile(lp, device)[0], tile(lq, device)[0]
     with several_blocks():
-        found = kernels().exact_sums(lp, lq, NAMES)
+        found = sums_by(kernels(), lp, lq, NAMES)
     close(found, true_sums(lp, lq))
     assert found[:, 0].isfinite().all()
     assert found[:, 3].tolist() == [0, 0, 0, 0]
@@ -244,7 +255,7 @@ def nan_reaches_the_sums(device):
     lp[0, 500], lq[1, 3] = NAN, NAN
     lp[2, 7], lq[2, 7] = NAN, -INF
     with several_blocks():
-        isnan = kernels().exact_sums(lp, lq, NAMES).isnan()
+        isnan = sums_by(kernels(), lp, lq, NAMES).isnan()
     assert isnan[:, 3].tolist() == [False] * 4
     # entropy, ref_entropy, reverse_kl, forward_kl where lp, where lq, where lp is NaN
     policy, reference = [True, False, True, True], [False, True, True, True]
@@ -260,11 +271,10 @@ def nearly_equal(device):
     logits = normal(5, 1031, size=2.0).float()
     ref_logits = logits + normal(5, 1031, seed=1, size=1e-3).float()
     ref_logits[4] = logits[4]
-    lp, lq = tile(logits, device)[0], tile(ref_logits, device)[0]
+    z, y = tile(logits, device)[0], tile(ref_logits, device)[0]
     with several_blocks():
-        kernels().log_softmax_(lp)
-        kernels().log_softmax_(lq)
-        found = kernels().exact_sums(lp, lq, NAMES)[2:].cpu()
+        norm = norm_of(*(folded(kernels(), t)[1].log() for t in (z, y)))
+        found = kernels().exact_sums([z], [y], norm, NAMES, None)[2:].cpu()
     truth = torch.stack([oracles.reverse_kl(logits, ref_logits), oracles.forward_kl(logits, ref_logits)])
     assert ((truth[:, :4] > 3e-7) & (truth[:, :4] < 8e-7)).all()
     close(found[:, :4], truth[:, :4], rtol=1e-3, atol=0.0)
@@ -282,7 +292,7 @@ def never_negative(device):
     pairs = [(tail, -1.01), (tail, 1.01), *((rest, ratio) for ratio in ratios)]
     lp = torch.cat([column for column, _ in pairs])[:, None].to(device)
     x = torch.cat([torch.full_like(column, ratio) for column, ratio in pairs])[:, None].to(device)
-    found = kernels().exact_sums(lp, lp + x, NAMES[2:])
+    found = sums_by(kernels(), lp, lp + x, NAMES[2:])
     assert (found >= 0).all()
     close(found, true_sums(lp, lp + x)[2:], rtol=1e-5, atol=1e-40)
 
@@ -291,7 +301,7 @@ def test_no_term_is_negative(check):
     check(never_negative)
 
 
-# ---- gradient_ -------------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def factors(n, given, device):
@@ -316,11 +326,11 @@ def gradients(n, v, device):
             lp, intact = tile(logits, device)
             lq = tile(ref_logits, device, more=2)[0]
             before, theirs = lp.clone(), lp.clone()
-            beside = lq if given[2] is not None or given[3] is not None else None
-            kernels().gradient_(lp, beside, *given)
+            found = gradient_by(kernels(), lp, lq, *given)
+            assert found.data_ptr() == lp.data_ptr()
             close(lp, true_gradient(before, lq, *given))
-            torch_backend.gradient_(theirs, beside, *given)
-            close(lp, theirs)
+            close(lp, gradient_by(torch_backend, theirs, lq, *given))
+            close(theirs, before)
             assert intact()
             close(lq, ref_logits)
 
@@ -341,7 +351,7 @@ def gradient_of_suppressed_tokens(device):
     given = factors(4, (True, True, True), device)
     truth = true_gradient(lp, lq, *given)
     with several_blocks():
-        kernels().gradient_(lp, lq, *given)
+        gradient_by(kernels(), lp, lq, *given)
     close(lp, truth)
     assert lp[[0, 1, 3]].isfinite().all()
     assert lp[0, 3] == 0
@@ -357,12 +367,10 @@ def test_gradient_of_suppressed_tokens(check):
 
 def nothing_to_do(n, v, device):
     empty = torch.zeros(n, v, device=device)
-    lse = kernels().log_sum_exp(empty)
-    torch.testing.assert_close(lse, torch_backend.log_sum_exp(empty))
-    kernels().log_softmax_(empty)
-    kernels().subtract_(empty, lse)
-    assert kernels().exact_sums(empty, empty, NAMES).tolist() == [[0.0] * n] * 4
-    kernels().gradient_(empty, empty, lse, lse, lse, lse)
+    for backend in (kernels(), torch_backend):
+        assert [t.tolist() for t in folded(backend, empty)] == [[0.0] * n] * 2
+        assert sums_by(backend, empty, empty, NAMES).tolist() == [[0.0] * n] * 4
+        assert gradient_by(backend, empty, empty, *[torch.zeros(n, device=device)] * 4).shape == (n, v)
 
 
 @pytest.mark.parametrize(("n", "v"), [(0, 5), (3, 0), (0, 0)])
@@ -380,13 +388,10 @@ def other_tiles(dtype, transposed, device):
     results = []
     for backend in (kernels(), torch_backend):
         z, y = make(0), make(1)
-        results.append([backend.log_sum_exp(z)])
-        backend.subtract_(z, results[-1][0])
-        backend.log_softmax_(y)
-        results[-1].append(backend.exact_sums(z, y, NAMES))
-        a = results[-1][0]
-        backend.gradient_(z, y, a, a, a, a)
-        results[-1] += [z, y]
+        peak, total = folded(backend, z)
+        norm = norm_of(total.log(), folded(backend, y)[1].log())
+        results.append([peak, total, backend.exact_sums([z], [y], norm, NAMES, None)])
+        results[-1] += [next(backend.gradients([z], [y], norm, peak, peak, peak, peak, None)), z, y]
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -413,11 +418,9 @@ def beyond_2_to_the_31(device):
     results = []
     with several_blocks():
         for z, y in ((lp, lq), small):
-            out = [kernels().log_sum_exp(z)]
-            kernels().log_softmax_(z)
-            kernels().log_softmax_(y)
-            out.append(kernels().exact_sums(z, y, NAMES))
-            kernels().gradient_(z, y, a, a, a, a)
+            logs = [t.log() for k in (z, y) for t in folded(kernels(), k)[1:]]
+            out = [*logs, kernels().exact_sums([z], [y], norm_of(*logs), NAMES, None)]
+            next(kernels().gradients([z], [y], norm_of(*logs), a, a, a, a, None))
             results.append([*out, *z, *y])
     for big, expected in zip(*results, strict=True):
         close(big, expected, **ROUNDING)
@@ -537,14 +540,13 @@ def test_without_triton(monkeypatch):
 # ---- compiled, as a GPU would have it --------------------------------------------------------------------------------
 
 FLAGS = dict.fromkeys(("ENTROPY", "REF_ENTROPY", "REVERSE", "FORWARD"), True)
-NO_REFERENCE = {"lq": None, "REF_ENTROPY": False, "REVERSE": False, "FORWARD": False}
+NO_REFERENCE = {"REF_ENTROPY": False, "REVERSE": False, "FORWARD": False}
 COMPILED = [
-    ("_log_sum_exp", {}),
-    ("_log_softmax", {}),
+    ("_subtract_peak", {}),
     ("_exact_sums", FLAGS),
     ("_exact_sums", FLAGS | NO_REFERENCE),
     ("_gradient", {}),
-    ("_gradient", {"lq": None, "b": None, "c": None, "d": None}),
+    ("_gradient", {"b": None, "c": None, "d": None}),
 ]
 
 
@@ -559,7 +561,7 @@ def test_compiles_for_hopper(monkeypatch, tmp_path, name, constants, narrow):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels(), name)
     constants = constants | {"BLOCK": kernels().BLOCK} | ({"v": 1} if narrow else {})
-    kinds = {"v": "i32", "stride": "i64", "p_stride": "i64", "q_stride": "i64"}
+    kinds = {"v": "i32", "stride": "i64", "z_stride": "i64", "y_stride": "i64"}
     signature = {a: "constexpr" if a in constants else kinds.get(a, "*fp32") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a not in constants}
     source = ASTSource(kernel, signature, constants, aligned)

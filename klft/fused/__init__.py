@@ -26,12 +26,14 @@ from torch import Tensor
 from klft import divergences
 from klft.divergences import DIVERGENCES
 from klft.fused import torch_backend
-from klft.fused.tiles import DIFFERENTIABLE, EXACT, Problem, Side, Tile
+from klft.fused.sides import Side
+from klft.fused.tiles import DIFFERENTIABLE, EXACT, Problem, Tile
 
-# Logits of one model that a tile may hold (one token at least), and tokens. On a CPU fresh memory is slow to touch, so
-# small tiles win, down to where adding to the weight's gradient outweighs the product. See benchmarks/README.md.
-CPU_TILE, TILE = 1 << 25, 1 << 28
+# Logits of one model that a tile may hold (one token at least), its tokens, and the logits of a slice of it, which stay
+# in a CPU's cache. See benchmarks/README.md.
+CPU_TILE, TILE = 5 << 23, 1 << 28
 CPU_TOKENS, TOKENS = 512, 1 << 14
+CPU_SLICE, SLICE = 1 << 18, 1 << 24
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -104,15 +106,17 @@ def _problem(
             f"{int(token_ids.min()) if token_ids.numel() else None} to "
             f"{int(token_ids.max()) if token_ids.numel() else None}. Drop masked tokens (-100) before."
         )
-    reference = None
+    policy, reference = Side(hidden, head, temperature), None
     if ref_hidden is not None and ref_head is not None:
         _check(ref_hidden, ref_head, "the reference", n)
         ref_head = _beside(head, ref_head)
-        reference = Side(ref_hidden, ref_head, temperature)
-    policy = Side(hidden, head, temperature)
-    elements, tokens = (CPU_TILE, CPU_TOKENS) if hidden.device.type == "cpu" else (TILE, TOKENS)
-    wants = hidden.requires_grad and torch.is_grad_enabled()
-    return Problem(policy, reference, token_ids, head.shard, elements, tokens, wants, _backend(backend, hidden.device))
+        reference = Side(ref_hidden, ref_head, temperature, policy.wide)
+    on_cpu, device = hidden.device.type == "cpu", hidden.device
+    elements, tokens, of_slice = (CPU_TILE, CPU_TOKENS, CPU_SLICE) if on_cpu else (TILE, TOKENS, SLICE)
+    wants, kernels = hidden.requires_grad and torch.is_grad_enabled(), _backend(backend, device)
+    if kernels is not torch_backend:
+        of_slice = None  # its kernels go through a tile as it is
+    return Problem(policy, reference, token_ids, head.shard, elements, tokens, of_slice, wants, kernels)
 
 
 def _beside(head: Any, ref_head: Any) -> Any:
@@ -142,7 +146,7 @@ class _Scored(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
         parts, ctx.facts, extra = [], [], []
         for rows in problem.chunks:
-            tile = problem.tile(rows)
+            tile = Tile(problem, rows)
             tops = tile.top(max(top_k, 1)) if top_k >= 0 else []
             tile.measure(names)
             # What a backward needs of this tile: small, and it saves the collectives.
@@ -171,9 +175,9 @@ class _Scored(torch.autograd.Function):
         grads = problem.new_gradients(*ctx.needs_input_grad[:3])
         g_all = {n: g for n, g in zip(names, grad_outputs, strict=False) if n in DIFFERENTIABLE}
         for rows, (lse, values, bad) in zip(problem.chunks, ctx.facts, strict=True):
-            tile = problem.tile(rows, lse)
+            tile = Tile(problem, rows, lse)
             tile.values, tile.bad = values, bad.clone()
-            g = problem.everyones({n: t[rows] for n, t in g_all.items()})
+            g = problem.factors({n: t[rows] for n, t in g_all.items()})
             _send_back(problem, tile, rows, grads, g)
         problem.finish(grads)
         problem.free()
@@ -182,7 +186,7 @@ class _Scored(torch.autograd.Function):
 
 def _send_back(problem: Problem, tile: Tile, rows: slice, grads: Any, g: dict[str, Tensor]) -> None:
     dead = torch.stack([t == 0 for t in g.values()]).all(0)
-    problem.send_back(tile.logit_gradient(g), rows, grads, dead)
+    problem.send_back(tile, tile.logit_gradient(g), rows, grads, dead)
 
 
 class _Row(torch.autograd.Function):
@@ -193,7 +197,7 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
         row, parts, ctx.facts = DIVERGENCES[name], [], []
         for rows in problem.chunks:
-            tile = problem.tile(rows)
+            tile = Tile(problem, rows)
             totals, slope = tile.row_totals(row, params)
             ctx.facts.append((tile.lse, totals, slope))
             parts.append(problem.mine(row.finish(totals, *params), rows))
@@ -208,10 +212,10 @@ class _Row(torch.autograd.Function):
         problem = ctx.problem
         grads = problem.new_gradients(*ctx.needs_input_grad[:3])
         for rows, (lse, totals, slope) in zip(problem.chunks, ctx.facts, strict=True):
-            tile = problem.tile(rows, lse)
-            g = problem.everyones({"g": grad_output[rows]})["g"]
+            tile = Tile(problem, rows, lse)
+            g = problem.factors({"g": grad_output[rows]})["g"]
             dz = tile.row_gradient(ctx.row, ctx.params, totals, slope, g)
-            problem.send_back(dz, rows, grads, g == 0)
+            problem.send_back(tile, dz, rows, grads, g == 0)
         problem.finish(grads)
         problem.free()
         return grads.hidden, grads.weight, grads.bias, None, None, None
@@ -259,7 +263,7 @@ class _ChunkScores:
             zeros = torch.zeros_like(self._problem.mine(self._tile.logp, self._rows))  # pyright: ignore
             names = DIFFERENTIABLE if self._tile.y is not None else DIFFERENTIABLE[:2]
             used = {name: used.get(name, zeros) for name in names}
-        return self._problem.everyones(used)
+        return self._problem.factors(used)
 
 
 def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
@@ -291,7 +295,7 @@ def _loss_and_gradients(
     grads = problem.new_gradients(*wanted)
     total = problem.policy.hidden.new_zeros((), dtype=problem.policy.wide)
     for rows in problem.chunks:
-        tile = problem.tile(rows)
+        tile = Tile(problem, rows)
         scores = _ChunkScores(problem, tile, rows)
         with torch.enable_grad():
             loss = loss_fn(scores, *(t[rows] for t in per_token))

@@ -1,141 +1,84 @@
 """Tiles: a chunk of tokens against both heads, and everything that is read off it or sent back through it.
 
-`Problem` holds the two models' hidden states and heads and deals out tiles; a `Tile` holds log-probabilities
-[n, rows of the vocabulary that live here] and knows the collectives. Nothing larger than two tiles ever exists.
+`Problem` holds the two models' hidden states and heads and deals out tiles; a `Tile` holds the logits [n, rows of the
+vocabulary that live here] and knows the collectives. Nothing larger than two tiles ever exists.
+
+A tile is worked on slice by slice, a slice being a few rows of the vocabulary: logits, sums and gradients of one are
+made while it is in the cache, by threads that have slices of their own. On a GPU all rows are one slice.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from klft.divergences import DIVERGENCES, Divergence
-from klft.fused import torch_backend
+from klft.fused import threads, torch_backend
+from klft.fused.sides import Gradients, Side
+from klft.fused.torch_backend import ROOM, Norm
 from klft.sharding import VocabShard
 
 EXACT = ("entropy", "ref_entropy", "reverse_kl", "forward_kl")  # the order of exact_sums
 DIFFERENTIABLE = ("logp", "entropy", "reverse_kl", "forward_kl")
-SLICE = 1 << 15  # rows of a 16-bit weight that are widened at once where the device cannot multiply into fp32
-
-
-def _exactly(product: Callable) -> Callable:
-    """Autocast has had its say about the inputs; it must not round what is multiplied or summed inside."""
-
-    @functools.wraps(product)
-    def run(self: "Side", x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return product(self, x, *args)
-
-    return run
-
-
-class Side:
-    """One model: hidden states -> logits of the rows that live here, and a logit gradient back to its inputs."""
-
-    def __init__(self, hidden: Tensor, head: Any, temperature: float):
-        device = hidden.device.type
-        self.dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
-        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
-            self.dtype = torch.get_autocast_dtype(device)
-        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.hidden = hidden.detach().to(self.dtype)
-        self.weight = head.weight.detach().to(self.dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(self.wide)
-        self.scale, self.softcap, self.temperature = head.scale, head.softcap, temperature
-        self._native = self.dtype == self.wide
-        self.buffer: Tensor | None = None
-
-    @property
-    def factor(self) -> float:
-        """d (logit before the softcap's bend) / d (hidden @ weight.T)."""
-        return self.scale / self.temperature
-
-    def _slices(self):
-        step = SLICE if not self._native else max(1, len(self.weight))
-        return (slice(start, start + step) for start in range(0, len(self.weight), step))
-
-    @_exactly
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, D] -> [n, rows], in a buffer that the next call reuses."""
-        n, rows = len(hidden), len(self.weight)
-        if self.buffer is None or len(self.buffer) < n:
-            self.buffer = torch.empty(n, rows, dtype=self.wide, device=hidden.device)
-        z = self.buffer[:n]
-        # The scale rides along in the product where nothing bends the logits after it.
-        alpha = 1.0 if self.softcap else self.factor
-        if not self._native and hidden.is_cuda:
-            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=z)  # pyright: ignore
-            z.mul_(alpha)
-        else:
-            wide = hidden.to(self.wide)
-            for s in self._slices():
-                part = self.weight[s].to(self.wide).t()
-                torch.addmm(z[:, s], wide, part, beta=0, alpha=alpha, out=z[:, s])
-        if self.bias is not None:
-            z.add_(self.bias, alpha=alpha)
-        if self.softcap:
-            z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        return z
-
-    @_exactly
-    def back(self, dz: Tensor, hidden: Tensor, grads: "Gradients") -> Tensor | None:
-        """Add to the weight's and the bias's gradient; the part of hidden's that these rows give [n, D]."""
-        if grads.bias is not None:
-            grads.bias.add_(dz.sum(0))
-        if not self._native and dz.is_cuda:
-            narrow = dz.to(self.dtype)
-            if grads.weight is not None:
-                torch.addmm(grads.weight, narrow.t(), hidden, out_dtype=torch.float32, out=grads.weight)  # pyright: ignore
-            return torch.mm(narrow, self.weight, out_dtype=torch.float32) if grads.wants_hidden else None  # pyright: ignore
-        wide, dh = hidden.to(self.wide), None
-        for s in self._slices():
-            if grads.weight is not None:
-                grads.weight[s].addmm_(dz[:, s].t(), wide, beta=0 if grads.fresh else 1)
-            if grads.wants_hidden:
-                part = self.weight[s].to(self.wide)
-                dh = torch.mm(dz[:, s], part) if dh is None else dh.addmm_(dz[:, s], part)
-        grads.fresh = False
-        return torch.zeros_like(wide) if dh is None and grads.wants_hidden else dh
-
-
-@dataclass
-class Gradients:
-    """Accumulated in fp32 (fp64 for fp64) over the tiles; None where nobody asks."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    fresh: bool  # the weight's is unwritten memory: a CPU would spend a while on setting it to zero first
-
-    @property
-    def wants_hidden(self) -> bool:
-        """Whether hidden states get a gradient."""
-        return self.hidden is not None
 
 
 class Tile:
-    """n tokens' log-probabilities under both models, over the whole vocabulary, as far as its rows live here.
+    """n tokens' logits under both models, over the whole vocabulary, as far as its rows live here.
 
-    `lse`: the log-sum-exps, in two parts [2, models, n], if an earlier pass over these tokens has them; no collective
-    is needed then.
+    `lse`: the log-sum-exps [2, models, n] (a peak, and the sum of exponentials that is left), if an earlier pass over
+    these tokens has them; no collective is needed then.
     """
 
-    def __init__(self, z: Tensor, y: Tensor | None, ids: Tensor, problem: "Problem", lse: Tensor | None = None):
-        self.z, self.y, self.problem, self.shard = z, y, problem, problem.shard
-        self.ids = ids if self.shard is None else ids - self.shard.start
-        self.here = (self.ids >= 0) & (self.ids < z.shape[1])
-        self.backend = problem.backend
-        self.lse = lse
+    def __init__(self, problem: "Problem", rows: slice, lse: Tensor | None = None):
+        self.problem, self.shard, self.backend = problem, problem.shard, problem.backend
+        self.hidden = [problem.everyones(side.hidden[rows]) for side in problem.sides]
+        self.ids = problem.everyones(problem.ids[rows]) - (0 if self.shard is None else self.shard.start)
+        self.logits = [side.tile(len(self.ids), problem.sliced) for side in problem.sides]
+        self.z, self.y = self.logits[0], self.logits[1] if problem.reference else None
+        self.here = (self.ids >= 0) & (self.ids < self.z.shape[1])
+        self.pieces = [t.split(problem.step, 1) for t in self.logits]
+        self.peaks = self.z.new_empty(len(problem.slices), len(self.logits), len(self.ids))
         self.logp = self.ref_logp = None
-        self._normalise()
-        self.bad = z.new_zeros(len(z), dtype=torch.bool) if self.logp is None else ~self.logp.isfinite()
+        local = torch.stack(problem.each(lambda part, room: self._fold(part, room, lse)))
+        self.lse = self._combine(_merge(local)) if lse is None else lse
+        self.bad = self.here.new_zeros(len(self.ids)) if self.logp is None else ~self.logp.isfinite()
         self.values: dict[str, Tensor] = {}
 
-    def _sides(self) -> list[Tensor]:
-        return [self.z] if self.y is None else [self.z, self.y]
+    def _fold(self, part: range, room: Tensor | None, lse: Tensor | None) -> Tensor:
+        """Logits of some slices, each less its peak (or the one known); their log-sum-exp [2, models, n]."""
+        totals = torch.empty_like(self.peaks[part.start : part.stop])
+        for m, (side, hidden) in enumerate(zip(self.problem.sides, self.hidden, strict=True)):
+            operand, peaks = side.operand(hidden), self.peaks[part.start : part.stop, m]
+            for i, peak, total in zip(part, peaks, totals[:, m], strict=True):
+                z = self.pieces[m][i]
+                side.logits(operand, self.problem.slices[i], z)
+                if lse is None:
+                    self.backend.fold_(z, peak, total, room)
+                else:
+                    z.sub_(lse[0, m][:, None])
+        if lse is not None:
+            self.peaks[part.start : part.stop] = lse[0]
+            return lse
+        return _merge(torch.stack([self.peaks[part.start : part.stop], totals], 1))
+
+    def _combine(self, local: Tensor) -> Tensor:
+        """The log-sum-exps over all processes; sets logp and ref_logp on the way."""
+        picked = torch.stack([self._picked(t) for t in self.logits])
+        if len(self.problem.slices) > 1:
+            at = (self.ids // self.problem.step).clamp(0, len(self.peaks) - 1)
+            picked += self.peaks[at, :, torch.arange(len(at), device=at.device)].t()
+        else:
+            picked += self.peaks[0]
+        here = self.here.to(picked).expand_as(picked)
+        parts = self._gather(torch.stack([*local, picked - local[0], here]))
+        lse = _merge(parts[:, :2])
+        logps = parts[:, 2] + (parts[:, 0] - lse[0]) - _logs(lse[1])
+        logps = torch.where(parts[:, 3] > 0, logps, 0.0).sum(0)
+        self.logp, self.ref_logp = logps[0], logps[1] if self.y is not None else None
+        return lse
 
     def _picked(self, t: Tensor) -> Tensor:
         """What the sampled token has in t, on the rank that holds it; 0 on the others."""
@@ -144,33 +87,23 @@ class Tile:
         found = t.gather(1, self.ids.clamp(0, t.shape[1] - 1)[:, None]).squeeze(1)
         return torch.where(self.here, found, 0.0)
 
-    def _normalise(self) -> None:
-        sides = self._sides()
-        if self.lse is None and self.shard is None and not self.problem.policy.softcap:
-            for t in sides:
-                self.backend.log_softmax_(t)
-            picked = [self._picked(t) for t in sides]
-            self.logp, self.ref_logp = picked[0], picked[-1] if self.y is not None else None
-            return
-        # The maximum and what is left of the log-sum-exp go one after the other: their sum, rounded, would shift a row.
-        known = self.lse
-        peaks = torch.stack([_peak(t) for t in sides]) if known is None else known[0]
-        for t, peak in zip(sides, peaks, strict=True):
-            self.backend.subtract_(t, peak)
-        if known is None:
-            rests = torch.stack([self.backend.log_sum_exp(t) for t in sides])
-            picked = torch.stack([self._picked(t) for t in sides])
-            parts = self._gather(torch.stack([peaks, rests, picked, self.here.to(peaks).expand_as(peaks)]))
-            highest = parts[:, 0].amax(0)
-            offsets = highest - parts[:, 0] + (parts[:, 0] - highest + parts[:, 1]).logsumexp(0)
-            logps = torch.where(parts[:, 3] > 0, parts[:, 2] - offsets, 0.0).sum(0)
-            self.logp, self.ref_logp = logps[0], logps[1] if self.y is not None else None
-            known = self.lse = torch.stack([peaks, offsets[0 if self.shard is None else self.shard.rank]])
-        for t, offset in zip(sides, known[1], strict=True):
-            self.backend.subtract_(t, offset)
-
     def _gather(self, t: Tensor) -> Tensor:
         return t[None] if self.shard is None else self.shard.gather(t)
+
+    def _part(self, part: range) -> tuple[Sequence[Tensor], Sequence[Tensor], Norm]:
+        """Some slices of both models' logits (the policy's twice if it is alone), and what makes p and q of them."""
+        zs, ys = (t[part.start : part.stop] for t in (self.pieces[0], self.pieces[-1]))
+        below = self.lse[0] - self.peaks[part.start : part.stop]
+        logs, weights = below + _logs(self.lse[1]), torch.exp(-below) / self.lse[1]
+        # Not the difference of the logs: their roundings would shift the whole row.
+        apart = (below[:, -1] - below[:, 0]) + (self.lse[1, -1] / self.lse[1, 0]).log()
+        return zs, ys, Norm(logs[:, 0], weights[:, 0], logs[:, -1], weights[:, -1], apart)
+
+    def _log_probabilities(self, part: range, index: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+        """(lp, lq) of slice after slice, of the tokens of index."""
+        zs, ys, norm = self._part(part)
+        for z, y, log, ref_log in zip(zs, ys, norm.log, norm.ref_log, strict=True):
+            yield z[index] - log[index, None], y[index] - ref_log[index, None]
 
     # ---- values ----------------------------------------------------------------------------------------------
 
@@ -179,57 +112,67 @@ class Tile:
         names = tuple(name for name in EXACT if name in names and name not in self.values)
         if not names:
             return
-        sums = self._gather(self.backend.exact_sums(self.z, self.y, names)).sum(0)
+        local = self.problem.each(lambda part, room: self.backend.exact_sums(*self._part(part), names, room))
+        sums = self._gather(torch.stack(local).sum(0)).sum(0)
         bad = ~sums.isfinite().all(0)
         # -inf somewhere (a suppressed token) or NaN: the guarded rows of the table know the limits.
         if bool(bad.any()):
             index = bad.nonzero().squeeze(1)
             for i, name in enumerate(names):
-                row, lp, lq = self._guarded(name, index)
-                sums[i, index] = row.finish(self._gather(row.totals(lp, lq)).sum(0))
+                row = DIVERGENCES[name.removeprefix("ref_")]
+                sums[i, index] = row.finish(self.row_totals(row, (), index, of_reference=name == "ref_entropy")[0])
             self.bad |= bad
         self.values.update(zip(names, sums, strict=True))
 
-    def _guarded(self, name: str, index: Tensor) -> tuple[Divergence, Tensor, Tensor]:
-        of_reference = name == "ref_entropy"
-        lp = (self.y if of_reference else self.z)[index]  # pyright: ignore
-        return DIVERGENCES[name.removeprefix("ref_")], lp, lp if self.y is None or of_reference else self.y[index]
+    def row_totals(
+        self, row: Divergence, params: tuple[float, ...], index: Any = slice(None), of_reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(what `finish` reads, the slope G [k]) of a row of the table over the whole vocabulary; tokens of index."""
 
-    def row_totals(self, row: Divergence, params: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """(what `finish` reads, the slope G [n]) of any row of the table, over the whole vocabulary."""
-        assert self.y is not None
-        parts = [self._row_part(row, params, rows) for rows in torch_backend.blocks(self.z)]
-        parts = torch.cat(parts, -1) if parts else self.z.new_zeros(3 if row.total else 2, 0)
-        every = self._gather(parts)
-        totals = row.merge(every[:, :-1]) if row.total else every[:, 0].sum(0)
-        return totals, every[:, -1].sum(0)
+        def merge(parts: Tensor) -> Tensor:
+            totals = parts[:, :-1]
+            totals = row.merge(totals) if row.total else totals.sum(0)
+            return torch.cat([totals, parts[:, -1:].sum(0)])
 
-    def _row_part(self, row: Divergence, params: tuple[float, ...], rows: slice) -> Tensor:
-        lp, lq = self.z[rows], self.y[rows]  # pyright: ignore
-        slope = row.dterm(lp, lq, *params).sum(-1)
-        return torch.cat([row.totals(lp, lq, *params).view(-1, len(lp)), slope[None]])
+        def sums(part: range, _room: Tensor | None) -> Tensor:
+            found = []
+            for lp, lq in self._log_probabilities(part, index):
+                lp = lq if of_reference else lp
+                totals = row.totals(lp, lq, *params).view(-1, len(lp))
+                found.append(torch.cat([totals, row.dterm(lp, lq, *params).sum(-1)[None]]))
+            return merge(torch.stack(found))
+
+        both = merge(self._gather(merge(torch.stack(self.problem.each(sums)))))
+        return both[:-1] if row.total else both[0], both[-1]
 
     def top(self, k: int) -> list[Tensor]:
         """[log-probabilities [n, k], ids [n, k]] of each model's most likely tokens, best first."""
         found = []
         start = 0 if self.shard is None else self.shard.start
-        for t in self._sides():
-            values, ids = t.topk(min(k, t.shape[1]), dim=-1) if k > 1 else t.max(-1, keepdim=True) if t.shape[1] else (
-                t.new_zeros(len(t), 0), self.ids.new_zeros(len(t), 0))  # fmt: skip
+        for m in range(len(self.logits)):
+
+            def best(part: range, _room: Tensor | None, m: int = m) -> tuple[Tensor, Tensor]:
+                values, ids = [], []
+                for i in part:
+                    z, rows = self.pieces[m][i], self.problem.slices[i]
+                    few = z.max(-1, keepdim=True) if k == 1 and z.shape[1] else z.topk(min(k, z.shape[1]), dim=-1)
+                    values.append(few[0] + self.peaks[i, m][:, None])
+                    ids.append(few[1] + rows.start + start)
+                return _best(values, ids, k)
+
+            values, ids = _best(*zip(*self.problem.each(best), strict=True), k)  # pyright: ignore
             if self.shard is not None:
                 short = k - values.shape[1]  # a rank may hold fewer than k rows
                 values = torch.nn.functional.pad(values, (0, short), value=-torch.inf)
-                ids = torch.nn.functional.pad(ids + start, (0, short))
-                values, ids = (self.shard.gather(x).transpose(0, 1).flatten(1) for x in (values, ids))
-                values, order = values.topk(k, dim=-1)
-                ids = ids.gather(-1, order)
-            found += [values, ids]
+                ids = torch.nn.functional.pad(ids, (0, short))
+                values, ids = _best(self.shard.gather(values), self.shard.gather(ids), k)
+            found += [values - self.lse[0, m][:, None] - self.lse[1, m].log()[:, None], ids]
         return found
 
-    # ---- gradients: the tile is overwritten ------------------------------------------------------------------
+    # ---- gradients -------------------------------------------------------------------------------------------
 
-    def logit_gradient(self, g: dict[str, Tensor]) -> Tensor:
-        """sum over the named quantities of g * d quantity / d (hidden @ weight.T), [n, v]; consumes the tile.
+    def logit_gradient(self, g: dict[str, Tensor]) -> Callable[[range, Tensor | None], Iterator[Tensor]]:
+        """sum over the named quantities of g * d quantity / d (hidden @ weight.T), [n, v] of each slice of a part.
 
         With g of logp, entropy, reverse_kl, forward_kl it is p * (a + b * lp + c * (lq - lp)) - d * q + one-hot.
         """
@@ -243,68 +186,104 @@ class Tile:
                 a = a - torch.where(g[name] == 0, 0.0, g[name] * self.values[name])
         b, c = (None if name not in g else -g[name] for name in ("entropy", "reverse_kl"))
         index = self.bad.nonzero().squeeze(1)
-        guarded = self._guarded_gradient(g, index) if len(index) else None
-        for rows in torch_backend.blocks(self.z) if self.problem.policy.softcap else [slice(None)]:
-            bend = self._bend(rows)
-            y = None if self.y is None else self.y[rows]
-            bc = (None if t is None else t[rows] for t in (b, c))
-            self.backend.gradient_(self.z[rows], y, a[rows], *bc, None if forward is None else forward[rows])
-            if logp is not None:
-                rest = torch.where(self.here[rows], logp[rows], 0.0)
-                if self.z.shape[1]:
-                    at = self.ids[rows].clamp(0, self.z.shape[1] - 1)[:, None]
-                    self.z[rows].scatter_add_(1, at, rest[:, None])
-            if bend is not None:
-                self.z[rows].mul_(bend)
-        if guarded is not None:
-            self.z[index] = guarded
-        return self.z
+        hot, guarded = None if logp is None else self._hot(logp), self._guarded(g, index) if len(index) else None
 
-    def _bend(self, rows: Any) -> Tensor | None:
-        """Derivative of the softcap, from the logits it gave."""
+        def of_part(part: range, room: Tensor | None) -> Iterator[Tensor]:
+            dzs = self.backend.gradients(*self._part(part), a, b, c, forward, room)
+            careful, bends = repeat(None) if guarded is None else guarded(part), self._bends(part)
+            for i in part:
+                bad, bend, dz = next(careful), next(bends), next(dzs)  # dz last: it may take the logits' place
+                if bad is not None:
+                    dz[index] = bad
+                if hot is not None:
+                    dz.index_put_(*hot[i], accumulate=True)
+                if bend is not None:
+                    before = dz[index]
+                    dz.mul_(bend)
+                    # A token that nobody asks about stays 0, whatever its logits are.
+                    dz[index] = dz[index].masked_fill(before == 0, 0.0)
+                yield dz
+
+        return of_part
+
+    def _guarded(self, g: dict[str, Tensor], index: Tensor) -> Callable[[range], Iterator[Tensor]]:
+        """The same, less the one-hot, by the rows of the table, which know every limit; for the tokens of index."""
+        rows = {name: DIVERGENCES[name] for name in g if name != "logp"}
+        slopes = {name: self.row_totals(row, (), index)[1] for name, row in rows.items()}
+
+        def of_part(part: range) -> Iterator[Tensor]:
+            for lp, lq in self._log_probabilities(part, index):
+                total = torch.zeros_like(lp)
+                for name, t in g.items():
+                    if name == "logp":
+                        d = -lp.exp()
+                    else:
+                        d = rows[name].logit_gradient(lp, lq, self.values[name][index], slope=slopes[name])
+                    t = t[index, None]
+                    total += (d * t).masked_fill(t == 0, 0.0)
+                yield total
+
+        return of_part
+
+    def _hot(self, g: Tensor) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """The sampled tokens of each slice: ((which tokens, which of the slice's rows), their g)."""
+        order = torch.where(self.here, self.ids, -1).argsort()
+        ids = self.ids[order].contiguous()
+        edges = torch.tensor([0, *(s.stop for s in self.problem.slices)], device=ids.device)
+        first, *rest = torch.searchsorted(torch.where(self.here[order], ids, -1), edges).tolist()
+        found = []
+        for rows, last in zip(self.problem.slices, rest, strict=True):
+            found.append(((order[first:last], ids[first:last] - rows.start), g[order[first:last]]))
+            first = last
+        return found
+
+    def _bends(self, part: range) -> Iterator[Tensor | None]:
+        """Derivative of the softcap, from the logits it gave, slice after slice."""
         side = self.problem.policy
-        if not side.softcap:
-            return None
-        assert self.lse is not None
-        t = (self.z[rows] + self.lse[:, 0, rows, None].sum(0)) * (side.temperature / side.softcap)
-        return 1 - t * t
-
-    def _guarded_gradient(self, g: dict[str, Tensor], index: Tensor) -> Tensor:
-        total = torch.zeros_like(self.z[index])
-        for name, t in g.items():
-            t = t[index, None]
-            if name == "logp":
-                d = -self.z[index].exp()
-                if d.shape[1]:
-                    one = self.here[index].to(d.dtype)[:, None]
-                    d.scatter_add_(1, self.ids[index].clamp(0, d.shape[1] - 1)[:, None], one)
-            else:
-                row, lp, lq = self._guarded(name, index)
-                slope = self._gather(row.dterm(lp, lq).sum(-1)).sum(0)
-                d = row.logit_gradient(lp, lq, self.values[name][index], slope=slope)
-            total += (d * t).masked_fill(t == 0, 0.0)  # a token that nobody asks about stays 0, NaN or not
-        bend = self._bend(index)
-        return total if bend is None else (total * bend).masked_fill(total == 0, 0.0)
+        for i in part:
+            if side.softcap:
+                t = (self.pieces[0][i] + self.peaks[i, 0][:, None]).mul_(side.temperature / side.softcap)
+            yield t.square_().neg_().add_(1) if side.softcap else None  # pyright: ignore
 
     def row_gradient(
         self, row: Divergence, params: tuple[float, ...], totals: Tensor, slope: Tensor, g: Tensor
-    ) -> Tensor:
-        """g * d row / d (hidden @ weight.T), [n, v]; consumes the tile."""
+    ) -> Callable[[range, Tensor | None], Iterator[Tensor]]:
+        """g * d row / d (hidden @ weight.T), [n, v] of each slice of a part."""
         g = (g * self.problem.policy.factor)[:, None]
-        self.bad |= ~totals.isfinite().reshape(-1, len(g)).all(0)
-        for rows in torch_backend.blocks(self.z):
-            lp, lq, bend = self.z[rows], self.y[rows], self._bend(rows)  # pyright: ignore
-            d = row.logit_gradient(lp, lq, totals[..., rows], *params, slope=slope[rows])
-            if bend is not None:
-                d = d * bend
-            self.z[rows] = (d * g[rows]).masked_fill(g[rows] == 0, 0.0)
-        return self.z
+
+        def of_part(part: range, _room: Tensor | None):
+            for (lp, lq), bend in zip(self._log_probabilities(part), self._bends(part), strict=True):
+                d = row.logit_gradient(lp, lq, totals, *params, slope=slope)
+                if bend is not None:
+                    d = d * bend
+                yield (d * g).masked_fill(g == 0, 0.0)
+
+        return of_part
 
 
-def _peak(t: Tensor) -> Tensor:
-    """[n, v] -> [n]: the largest logit; 0 where there is none, or none that is finite."""
-    peak = t.amax(-1) if t.shape[1] else t.new_zeros(len(t))
-    return torch.where(peak.isfinite(), peak, 0.0)
+def _merge(parts: Tensor) -> Tensor:
+    """Log-sum-exps of parts of the vocabulary [parts, 2 (peak, sum of exponentials), models, n] -> [2, models, n]."""
+    return torch.stack([_merge_one(parts[:, :, m]) for m in range(parts.shape[2])], 1)
+
+
+def _merge_one(parts: Tensor) -> Tensor:
+    # Model by model: torch's exp depends in its last digit on where in a tensor a number stands, and equal models have
+    # equal log-sum-exps.
+    peaks, totals = parts[:, 0], parts[:, 1]
+    top = torch.where(totals == 0, -torch.inf, peaks).amax(0)  # a part without a finite logit has no say
+    top = torch.where(top == -torch.inf, 0.0, top)
+    return torch.stack([top, (totals * torch.exp(peaks - top)).masked_fill(totals == 0, 0.0).sum(0)])
+
+
+def _logs(totals: Tensor) -> Tensor:
+    return torch.stack([total.log() for total in totals])  # apart for the same reason
+
+
+def _best(values: Any, ids: Any, k: int) -> tuple[Tensor, Tensor]:
+    """The k best [n, k] of lists of [n, *], best first."""
+    values, ids = torch.cat(list(values), 1), torch.cat(list(ids), 1)
+    values, order = values.topk(min(k, values.shape[1]), dim=-1)
+    return values, ids.gather(1, order)
 
 
 class Problem:
@@ -318,6 +297,7 @@ class Problem:
         shard: VocabShard | None,
         elements: int,
         tokens: int,
+        slice_elements: int | None,
         wants: bool,
         backend: Any = torch_backend,
     ):
@@ -333,8 +313,15 @@ class Problem:
         rows = max(1, len(policy.weight))
         if self.shard is not None:
             rows = max(1, -(-self.shard.vocab_size // self.shard.world))  # every rank must cut alike
-        self.size = min(max(1, min(elements // rows, tokens) // ranks), max(1, n))
+        most = max(1, min(elements // rows, tokens) // ranks)
+        self.size = -(-n // -(-n // most)) if n else 1  # tiles alike, not full ones and a rest
         self.chunks = [slice(start, start + self.size) for start in range(0, n, self.size)]
+        held, device = len(policy.weight), token_ids.device
+        self.tokens, self.sliced = self.size * ranks, slice_elements is not None  # tokens of a tile
+        self.step = max(1, held if slice_elements is None else slice_elements // self.tokens)
+        self.slices = [slice(start, min(start + self.step, held)) for start in range(0, max(1, held), self.step)]
+        share = -(-len(self.slices) // (threads.count() if device.type == "cpu" else 1))
+        self.parts = [range(len(self.slices))[start : start + share] for start in range(0, len(self.slices), share)]
 
     @property
     def fixed(self) -> list[Tensor]:
@@ -345,20 +332,27 @@ class Problem:
     def free(self) -> None:
         """Give the tiles' memory back."""
         for side in self.sides:
-            side.buffer = None
+            side.free()
 
     @property
     def sides(self) -> list[Side]:
         """The models at hand."""
         return [self.policy] if self.reference is None else [self.policy, self.reference]
 
-    def tile(self, rows: slice, lse: Tensor | None = None) -> Tile:
-        """The tile of these tokens of mine; with everyone's beside them if ranks have tokens of their own."""
-        z = self.policy.logits(self._everyones(self.policy.hidden[rows]))
-        y = None if self.reference is None else self.reference.logits(self._everyones(self.reference.hidden[rows]))
-        return Tile(z, y, self._everyones(self.ids[rows]), self, lse)
+    def each(self, job: Callable[[range, Tensor | None], Any]) -> list[Any]:
+        """job(part, room for intermediate results) for every part of the slices, each in a thread of its own."""
+        hidden, numbers = self.policy.hidden, self.slices[0].stop * self.tokens
 
-    def _everyones(self, t: Tensor) -> Tensor:
+        def run(part: range) -> Any:
+            room = hidden.new_empty(ROOM, numbers, dtype=self.policy.wide) if self.sliced else None
+            # Autocast has had its say about the inputs; it must not round what is multiplied or summed inside.
+            with torch.autocast(hidden.device.type, enabled=False):
+                return job(part, room)
+
+        return threads.each(run, self.parts)
+
+    def everyones(self, t: Tensor) -> Tensor:
+        """My tokens' tensor [n, *]; with everyone's beside it [W * size, *] if ranks have tokens of their own."""
         if not self.apart:
             return t
         assert self.shard is not None
@@ -374,11 +368,11 @@ class Problem:
         start = self.shard.rank * self.size
         return t[start : start + len(self.ids[rows])]
 
-    def everyones(self, g: dict[str, Tensor]) -> dict[str, Tensor]:
+    def factors(self, g: dict[str, Tensor]) -> dict[str, Tensor]:
         """Factors for my tokens of a tile -> for every token of it."""
         if not self.apart or not g:
             return g
-        return dict(zip(g, self._everyones(torch.stack(list(g.values()), -1)).unbind(-1), strict=True))
+        return dict(zip(g, self.everyones(torch.stack(list(g.values()), -1)).unbind(-1), strict=True))
 
     def new_gradients(self, hidden: bool, weight: bool, bias: bool) -> Gradients:
         """Zeros to accumulate into."""
@@ -392,14 +386,34 @@ class Problem:
         of_weight = torch.empty_like(side.weight, dtype=side.wide) if fresh else zeros(side.weight, weight)
         return Gradients(zeros(side.hidden, hidden), of_weight, zeros(side.bias, bias), fresh)
 
-    def send_back(self, dz: Tensor, rows: slice, grads: Gradients, dead: Tensor) -> None:
-        """Through the head. `dead` [n]: tokens that get no gradient, whose hidden states may be NaN or infinite."""
-        hidden = self._everyones(self.policy.hidden[rows])
+    def send_back(
+        self,
+        tile: Tile,
+        gradient: Callable[[range, Tensor | None], Iterator[Tensor]],
+        rows: slice,
+        grads: Gradients,
+        dead: Tensor,
+    ) -> None:
+        """A logit gradient, slice after slice through the head.
+
+        `dead` [n]: tokens that get no gradient, whose hidden states may be NaN or infinite.
+        """
+        hidden = tile.hidden[0]
         if bool(dead.any()):
             hidden = hidden.masked_fill(dead[:, None], 0.0)  # 0 * NaN would reach the weight's gradient
-        dh = self.policy.back(dz, hidden, grads)
-        if dh is None or grads.hidden is None:
+        operand = self.policy.operand(hidden)
+
+        def back(part: range, room: Tensor | None) -> Tensor | None:
+            dh = None
+            for i, dz in zip(part, gradient(part, room), strict=True):
+                dh = self.policy.back(dz, self.slices[i], operand, grads, dh)
+            return dh
+
+        dh = self.each(back)
+        grads.fresh = False
+        if grads.hidden is None:
             return
+        dh = functools.reduce(torch.add, dh)
         if self.apart:
             assert self.shard is not None
             dh = self.shard.sum_of_mine(dh)[: len(self.ids[rows])]

@@ -1,126 +1,135 @@
-"""What is done to a tile of logits, in torch operations.
+"""What is done to a slice of logits, in torch operations.
 
-A tile is [n, v]: n tokens against the rows of the vocabulary that live here. Work goes by blocks of rows that stay in
-a CPU's cache, where an addition costs a tenth of a nanosecond and a `where` ten times that: so no `where` here. What
-is not finite (a suppressed token) is left to the guarded rows of klft.divergences, token by token.
+A slice is z [n, v]: n tokens against a few rows of the vocabulary, few enough to stay in a CPU's cache, where an
+addition costs a tenth of a nanosecond and a `where` ten times that: so no `where` here. What is not finite (a
+suppressed token), or too far apart for these formulas, is left to the guarded rows of klft.divergences, token by token.
+
+Logits are kept less their slice's peak, and never rewritten: `Norm` says what makes log-probabilities of them. Threads
+take turns at Python, so a slice costs few calls, and what is of the size of its tokens is done for many slices at once.
 """
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from klft.divergences import BLOCK
-
-# Not smaller: an operation this short waits for its threads more than it works as soon as the machine has anything else
-# to do. Not larger: the intermediate results leave the cache.
-CPU_BLOCK = 1 << 19
-E = 2.718281828459045
-# Of 2 (exp(x) - 1 - x) / x^2 on [-1, 1]: each coefficient over the one before. In fp64 Taylor's; in fp32 those of the
-# Chebyshev interpolant of degree 7, whose relative error is 6e-9: two passes fewer.
-EXACT_RATIOS = [1 / k for k in range(3, 20)]
-RATIOS = [
-    0.333333333004, 0.250000421361, 0.199999949992, 0.166624500792, 0.142862243531, 0.127835166005, 0.110915020715,
-]  # fmt: skip
+ROOM = 4  # intermediate results of the size of a slice: fresh memory for each would cost more than the arithmetic
+FAR = 60.0  # past it, p * exp(log(q/p)) has lost the digits of a p that is hardly a number any more
 
 
-def _step(tile: Tensor) -> int:
-    return max(1, (CPU_BLOCK if tile.device.type == "cpu" else BLOCK) // max(1, tile.shape[1]))
+class Norm(NamedTuple):
+    """What makes probabilities of k slices' z and y, [k, n] each.
 
-
-def blocks(tile: Tensor):
-    """Slices of rows, each about one cache's worth."""
-    return (slice(start, start + _step(tile)) for start in range(0, len(tile), _step(tile)))
-
-
-def _scratch(tile: Tensor, count: int) -> Tensor:
-    """Room for `count` intermediate results of a block. Fresh memory for each would cost more than the arithmetic."""
-    return tile.new_empty(count, min(_step(tile), len(tile)), tile.shape[1])
-
-
-def log_sum_exp(z: Tensor) -> Tensor:
-    """[n, v] -> [n]; -inf for no rows at all."""
-    parts = [z[rows].logsumexp(-1) for rows in blocks(z)]
-    return torch.cat(parts) if parts else z.new_zeros(0)
-
-
-def log_softmax_(z: Tensor) -> None:
-    """Logits -> log-probabilities, in place."""
-    torch.log_softmax(z, -1, out=z)
-
-
-def subtract_(z: Tensor, rows: Tensor) -> None:
-    """z - rows[:, None], in place."""
-    z.sub_(rows[:, None])
-
-
-def _gap_over(x: Tensor, out: Tensor) -> Tensor:
-    """(exp(x) - 1 - x) / x for |x| <= 1, to the last digit of its type: nested, (x/2) * (1 + r1 x (1 + r2 x (...)))."""
-    ratios = EXACT_RATIOS if x.dtype == torch.float64 else RATIOS
-    one = x.new_ones(())
-    torch.addcmul(one, x, one, value=ratios[-1], out=out)
-    for ratio in ratios[-2::-1]:
-        torch.addcmul(one, x, out, value=ratio, out=out)
-    return out.mul_(x).mul_(0.5)
-
-
-def _gaps(p: Tensor, q: Tensor, x: Tensor, names: tuple[str, ...], room: Tensor) -> list[Tensor]:
-    """Sums of the Bregman gaps p * (e^x - 1 - x) and q * (e^-x - 1 + x), x = log(q/p), [n, v] -> [n] each.
-
-    Each term is >= 0 and accurate for x near 0. Past |x| = 1 what is left is added from differences that no longer
-    cancel: `above` and `below` are 0 for |x| <= 1, and so is x - clamp(x).
+    lp = z - log, p = weight * exp(z); lq = y - ref_log, q = ref_weight * exp(y); lq - lp = (y - z) - apart, which says
+    what two of the others say with one rounding instead of two.
     """
-    near = torch.clamp(x, -1, 1, out=room[0])
-    g = _gap_over(near, room[1])
-    beyond = x.sub_(near)
-    above = torch.sub(q, p, alpha=E, out=room[2]).relu_()
-    below = torch.sub(q, p, alpha=1 / E, out=room[3]).clamp_max_(0)
-    sums = []
-    if "reverse_kl" in names:
-        reverse = torch.mul(g, near, out=room[4]).sub_(beyond).mul_(p).add_(above).add_(below)
-        sums.append(reverse.sum(-1))
-    if "forward_kl" in names:
-        # With g = gap(x)/x: 1 - e^x + x e^x = x * (x + x g - g).
-        forward = torch.addcmul(near, near, g, out=room[4]).sub_(g).mul_(near).mul_(p)
-        sums.append(forward.addcmul_(q, beyond).sub_(below, alpha=2).sum(-1))
-    return sums
+
+    log: Tensor
+    weight: Tensor
+    ref_log: Tensor
+    ref_weight: Tensor
+    apart: Tensor
 
 
-def exact_sums(lp: Tensor, lq: Tensor | None, names: tuple[str, ...]) -> Tensor:
-    """[len(names), n]: this part's sums over the vocabulary, of entropy, ref_entropy, reverse_kl, forward_kl.
+def _scratch(slices: Sequence[Tensor], room: Tensor | None, count: int) -> Iterator[list[Tensor]]:
+    """For each slice in turn `count` tensors like it; from room [ROOM, numbers] where there is one."""
+    made: list[Tensor] = []
+    for z in slices:
+        if not made or made[0].shape != z.shape:
+            if room is None:
+                made = [torch.empty_like(z) for _ in range(count)]
+            else:
+                made = [t[: z.numel()].view(z.shape[::-1]).t() for t in room[:count]]
+        yield made
 
-    lp, lq [n, v] are log-probabilities. Names in that order. Not finite where a log-probability is -inf.
+
+def _columns(t: Tensor | None) -> Iterable[Any]:
+    """[k, n] -> k times [n, 1]."""
+    return repeat(None) if t is None else t[:, :, None].unbind(0)
+
+
+def fold_(z: Tensor, peak: Tensor, total: Tensor, room: Tensor | None) -> None:
+    """z less its peak, in place. Into peak [n]: that (0 where it is not finite); into total [n]: the sum of exp(z)."""
+    if z.shape[1] == 0:
+        peak.zero_()
+        total.zero_()
+        return
+    torch.amax(z, -1, out=peak)
+    z.sub_(peak.nan_to_num_(0.0, 0.0, 0.0)[:, None])
+    ((e,),) = _scratch([z], room, 1)
+    torch.sum(torch.exp(z, out=e), -1, out=total)
+
+
+def _gap_sum(p: Tensor, x: Tensor, room: Tensor, total: Tensor, far: Tensor) -> None:
+    """Into total [n]: sum of the Bregman gaps p * (e^x - 1 - x), each >= 0 (less than that by rounding only)."""
+    torch.sum(torch.expm1(x, out=room).sub_(x).mul_(p).relu_(), -1, out=total)
+    torch.amax(x, -1, out=far)
+
+
+def exact_sums(
+    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm, names: tuple[str, ...], room: Tensor | None
+) -> Tensor:
+    """[len(names), n]: these slices' sums of entropy, ref_entropy, reverse_kl, forward_kl, names in that order.
+
+    Not finite where the guarded rows have to see to it.
     """
-    sums = lp.new_zeros(len(names), len(lp))
-    kls = tuple(name for name in names if name.endswith("_kl"))
-    scratch = _scratch(lp, 8 if kls else 2)
-    for rows in blocks(lp):
-        found, room = [], scratch[:, : len(lp[rows])]
-        p = torch.exp(lp[rows], out=room[0])
-        if "entropy" in names:
-            found.append(torch.mul(p, lp[rows], out=room[1]).sum(-1).neg_())
-        if lq is not None and "ref_entropy" in names:
-            found.append(torch.exp(lq[rows], out=room[1]).mul_(lq[rows]).sum(-1).neg_())
-        if lq is not None and kls:
-            q, x = torch.exp(lq[rows], out=room[1]), torch.sub(lq[rows], lp[rows], out=room[2])
-            found += _gaps(p, q, x, kls, room[3:])
-        sums[:, rows] = torch.stack(found)
-    return sums
-
-
-def gradient_(lp: Tensor, lq: Tensor | None, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None) -> None:
-    """lp <- p * (a + b * lp + c * (lq - lp)) - d * q, in place; a, b, c, d [n], None where nothing asks for it."""
-    scratch = _scratch(lp, 3)
-    for rows in blocks(lp):
-        z, inner = lp[rows], None
-        p, first, second = scratch[:, : len(z)]
+    k, n = norm.log.shape
+    if zs[0].shape[1] == 0:
+        return norm.log.new_zeros(len(names), n)
+    of = {name: norm.log.new_empty(2, k, n) for name in names}
+    slices = zip(zs, ys, _columns(norm.apart), _scratch(zs, room, 4), strict=True)
+    for j, (z, y, apart, (p, q, x, e)) in enumerate(slices):
         torch.exp(z, out=p)
-        # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
-        if c is not None:
-            assert lq is not None
-            inner = torch.sub(lq[rows], z, out=first).mul_(c[rows, None])
-        if b is not None:
-            term = torch.mul(z, b[rows, None], out=second)
-            inner = term if inner is None else inner.add_(term)
-        torch.mul(p, a[rows, None] if inner is None else inner.add_(a[rows, None]), out=z)
-        if d is not None:
-            assert lq is not None
-            z.sub_(torch.exp(lq[rows], out=first).mul_(d[rows, None]))
+        if "ref_entropy" in names or "forward_kl" in names:
+            torch.exp(y, out=q)
+        for name, w, lw in (("entropy", p, z), ("ref_entropy", q, y)):
+            if name in names:
+                # -sum w * (lw - log): both sums have one sign.
+                torch.sum(w, -1, out=of[name][0, j])
+                torch.sum(torch.mul(w, lw, out=e), -1, out=of[name][1, j])
+        if "reverse_kl" in names or "forward_kl" in names:
+            torch.sub(y, z, out=x).sub_(apart)
+        if "reverse_kl" in names:
+            _gap_sum(p, x, e, *of["reverse_kl"][:, j])
+        if "forward_kl" in names:
+            _gap_sum(q, x.neg_(), e, *of["forward_kl"][:, j])
+    found = []
+    for name, (first, second) in of.items():
+        of_reference = name in ("ref_entropy", "forward_kl")
+        log, weight = (norm.ref_log, norm.ref_weight) if of_reference else (norm.log, norm.weight)
+        if name.endswith("_kl"):
+            found.append((first * weight).masked_fill_(second > FAR, torch.nan))
+        else:
+            found.append((first * log - second) * weight)
+    return torch.stack(found).sum(1)
+
+
+def gradients(
+    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm,
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, room: Tensor | None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Each slice's p * (a + b * lp + c * (lq - lp)) - d * q [n, v] in turn, in memory that the next one takes.
+
+    a, b, c, d [n], None where nothing asks for it.
+    """
+    if b is not None:
+        a = a - b * norm.log
+    if c is not None:
+        a = a - c * norm.apart
+    # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
+    columns = [_columns(None if t is None else t * norm.weight) for t in (a, b, c)]
+    columns.append(_columns(None if d is None else d * norm.ref_weight))
+    for z, y, aj, bj, cj, dj, (dz, inner, second) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
+        torch.exp(z, out=dz)
+        if cj is not None:
+            torch.sub(y, z, out=inner).mul_(cj)
+            if bj is not None:
+                inner.add_(torch.mul(z, bj, out=second))
+            dz.mul_(inner.add_(aj))
+        else:
+            dz.mul_(aj if bj is None else torch.mul(z, bj, out=inner).add_(aj))
+        if dj is not None:
+            dz.sub_(torch.exp(y, out=inner).mul_(dj))
+        yield dz

@@ -1,7 +1,8 @@
-"""What is done to a tile of logits, as Triton kernels: the functions of klft.fused.torch_backend, for fp32 on a GPU.
+"""What is done to a slice of logits, as Triton kernels: the functions of klft.fused.torch_backend, for fp32 on a GPU.
 
-One program folds one row [v] of a tile, block after block of columns, each lane in fp32 in a fixed order: no atomics,
-so a run repeats itself to the bit. Reading is what it costs: the log-sum-exp and all exact sums take one pass each.
+A slice is a whole tile here. One program folds one row [v] of it, block after block of columns, each lane in fp32 in a
+fixed order: no atomics, so a run repeats itself to the bit. Reading is what it costs: twice for the log-sum-exp, once
+for all exact sums.
 A `where` is free here, so suppressed tokens (-inf) have their limits in the kernels.
 
 It has run in Triton's interpreter only (TRITON_INTERPRET=1), and been compiled for sm_90, never yet run on a GPU. Hence
@@ -10,12 +11,15 @@ libdevice), and to comparisons that are false for NaN, which thereby reaches the
 whose columns lie apart, go to torch_backend.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from klft.fused import torch_backend
+from klft.fused.torch_backend import Norm
 
 BLOCK, WARPS = 2048, 8  # columns at once, and who works on them: 16-byte loads, two of them in flight in each thread
 
@@ -36,45 +40,44 @@ def _fold(z, v, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _log_sum_exp(z, out, stride, v, BLOCK: tl.constexpr):
+def _subtract_peak(z, peak, total, stride, v, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    m, s = _fold(z + row * stride, v, BLOCK)  # pyright: ignore
-    top = tl.max(m)
-    tl.store(out + row, top + tl.log(tl.sum(s * tl.exp(tl.where(m == top, 0.0, m - top)))))
-
-
-@triton.jit
-def _log_softmax(z, stride, v, BLOCK: tl.constexpr):
-    z += tl.program_id(0).to(tl.int64) * stride
+    z += row * stride
     m, s = _fold(z, v, BLOCK)  # pyright: ignore
     top = tl.max(m)
-    rest = tl.log(tl.sum(s * tl.exp(m - top)))
+    rest = tl.sum(s * tl.exp(tl.where(m == top, 0.0, m - top)))
+    # Nothing finite: 0 is subtracted, and the sum is 0 (only -inf, each counted as one above), infinite or NaN.
+    rest = tl.where(top == float("-inf"), rest * 0.0, tl.where(top == float("inf"), rest + float("inf"), rest))
+    top = tl.where(top - top == 0, top, 0.0)
+    tl.store(peak + row, top)
+    tl.store(total + row, rest)
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(z + columns, mask=columns < v)
-        # Subtracted apart: top + rest has lost the digits of `rest` where logits are large.
-        tl.store(z + columns, x - top - rest, mask=columns < v)
+        tl.store(z + columns, tl.load(z + columns, mask=columns < v) - top, mask=columns < v)
 
 
 @triton.jit
 def _exact_sums(
-    lp, lq, out, p_stride, q_stride, v,
+    z, y, log, ref_log, out, z_stride, y_stride, v,
     ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    lp += row * p_stride
+    z += row * z_stride
+    log_here = tl.load(log + row)
+    if REF_ENTROPY or REVERSE or FORWARD:
+        ref_log_here = tl.load(ref_log + row)
     entropy = tl.zeros([BLOCK], tl.float32)
     ref_entropy = tl.zeros([BLOCK], tl.float32)
     reverse = tl.zeros([BLOCK], tl.float32)
     forward = tl.zeros([BLOCK], tl.float32)
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        lp_here = tl.load(lp + columns, mask=columns < v, other=float("-inf"))
+        lp_here = tl.load(z + columns, mask=columns < v, other=float("-inf")) - log_here
         p = tl.exp(lp_here)
         if ENTROPY:
             entropy -= tl.where(p == 0, 0.0, p * lp_here)
         if REF_ENTROPY or REVERSE or FORWARD:
-            lq_here = tl.load(lq + row * q_stride + columns, mask=columns < v, other=float("-inf"))
+            lq_here = tl.load(y + row * y_stride + columns, mask=columns < v, other=float("-inf")) - ref_log_here
             q = tl.exp(lq_here)
             if REF_ENTROPY:
                 ref_entropy -= tl.where(q == 0, 0.0, q * lq_here)
@@ -107,22 +110,24 @@ def _exact_sums(
 
 
 @triton.jit
-def _gradient(lp, lq, a, b, c, d, p_stride, q_stride, v, BLOCK: tl.constexpr):
+def _gradient(z, y, log, ref_log, a, b, c, d, z_stride, y_stride, v, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = columns < v
-    lp += row * p_stride
-    lp_here = tl.load(lp + columns, mask=here, other=float("-inf"))
+    z += row * z_stride
+    lp_here = tl.load(z + columns, mask=here, other=float("-inf")) - tl.load(log + row)
     p = tl.exp(lp_here)
     inner = tl.load(a + row)
     if b is not None:
         inner += tl.load(b + row) * lp_here
+    if c is not None or d is not None:
+        lq_here = tl.load(y + row * y_stride + columns, mask=here, other=0.0) - tl.load(ref_log + row)
     if c is not None:
-        inner += tl.load(c + row) * (tl.load(lq + row * q_stride + columns, mask=here, other=0.0) - lp_here)
+        inner += tl.load(c + row) * (lq_here - lp_here)
     gradient = tl.where(p == 0, 0.0, p * inner)
     if d is not None:
-        gradient -= tl.load(d + row) * tl.exp(tl.load(lq + row * q_stride + columns, mask=here, other=0.0))
-    tl.store(lp + columns, gradient, mask=here)
+        gradient -= tl.load(d + row) * tl.exp(lq_here)
+    tl.store(z + columns, gradient, mask=here)
 
 
 INTERPRETED = not isinstance(_fold, triton.JITFunction)
@@ -133,58 +138,56 @@ def _launch(kernel, grid: tuple[int, ...], tile: Tensor, *args, **constants) -> 
         kernel[grid](tile, *args, **constants, BLOCK=BLOCK, num_warps=WARPS)
 
 
-def _fit(*tiles: Tensor | None) -> bool:
-    return all(t is None or (t.dtype == torch.float32 and t.stride(1) == 1) for t in tiles)
+def _fit(*tiles: Tensor) -> bool:
+    return all(t.dtype == torch.float32 and t.stride(1) == 1 for t in tiles)
 
 
-def log_sum_exp(z: Tensor) -> Tensor:
-    """[n, v] -> [n]; -inf for no rows at all."""
+def fold_(z: Tensor, peak: Tensor, total: Tensor, room: Tensor | None) -> None:
+    """z less its peak, in place. Into peak [n]: that (0 where it is not finite); into total [n]: the sum of exp(z)."""
     if not _fit(z):
-        return torch_backend.log_sum_exp(z)
-    out = z.new_full((len(z),), -torch.inf)
-    if z.numel():
-        _launch(_log_sum_exp, (len(z),), z, out, z.stride(0), z.shape[1])
-    return out
-
-
-def log_softmax_(z: Tensor) -> None:
-    """Logits -> log-probabilities, in place; read twice, written once."""
-    if not _fit(z):
-        torch_backend.log_softmax_(z)
+        torch_backend.fold_(z, peak, total, room)
     elif z.numel():
-        _launch(_log_softmax, (len(z),), z, z.stride(0), z.shape[1])
+        _launch(_subtract_peak, (len(z),), z, peak, total, z.stride(0), z.shape[1])
+    else:
+        peak.zero_()
+        total.zero_()
 
 
-def subtract_(z: Tensor, rows: Tensor) -> None:
-    """z - rows[:, None], in place; torch's own kernel reads and writes once."""
-    torch_backend.subtract_(z, rows)
+def exact_sums(
+    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm, names: tuple[str, ...], room: Tensor | None
+) -> Tensor:
+    """[len(names), n]: the slice's sums of entropy, ref_entropy, reverse_kl, forward_kl, names in that order.
 
-
-def exact_sums(lp: Tensor, lq: Tensor | None, names: tuple[str, ...]) -> Tensor:
-    """[len(names), n]: this part's sums over the vocabulary, of entropy, ref_entropy, reverse_kl, forward_kl.
-
-    lp, lq [n, v] are log-probabilities. Names in that order. >= 0; a token that neither model can say adds nothing, one
-    that the other model cannot say makes its KL +inf.
+    >= 0; a token that neither model can say adds nothing, one that the other model cannot say makes its KL +inf.
     """
-    if not _fit(lp, lq):
-        return torch_backend.exact_sums(lp, lq, names)
-    out = lp.new_zeros(len(names), len(lp))
-    if lp.numel():
+    (z,), (y,) = zs, ys
+    if not _fit(z, y):
+        return torch_backend.exact_sums(zs, ys, norm, names, room)
+    out = z.new_zeros(len(names), len(z))
+    if z.numel():
         wanted = (name in names for name in ("entropy", "ref_entropy", "reverse_kl", "forward_kl"))
-        q_stride = 0 if lq is None else lq.stride(0)
-        _launch(_exact_sums, (len(lp),), lp, lq, out, lp.stride(0), q_stride, lp.shape[1], *wanted)
+        _launch(_exact_sums, (len(z),), z, y, *_logs(norm), out, z.stride(0), y.stride(0), z.shape[1], *wanted)
     return out
 
 
-def gradient_(lp: Tensor, lq: Tensor | None, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None) -> None:
-    """lp <- p * (a + b * lp + c * (lq - lp)) - d * q, in place; a, b, c, d [n], None where nothing asks for it.
+def gradients(
+    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm,
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, room: Tensor | None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The slice's p * (a + b * lp + c * (lq - lp)) - d * q [n, v], in its own place; a, b, c, d [n], None for 0.
 
     0 - d * q where p is 0, whatever the bracket would be.
     """
-    if not _fit(lp, lq):
-        torch_backend.gradient_(lp, lq, a, b, c, d)
-    elif lp.numel():
+    (z,), (y,) = zs, ys
+    if not _fit(z, y):
+        yield from torch_backend.gradients(zs, ys, norm, a, b, c, d, room)
+        return
+    if z.numel():
         factors = [None if t is None else t.contiguous() for t in (a, b, c, d)]
-        q_stride = 0 if lq is None else lq.stride(0)
-        grid = (len(lp), -(-lp.shape[1] // BLOCK))
-        _launch(_gradient, grid, lp, lq, *factors, lp.stride(0), q_stride, lp.shape[1])
+        grid = (len(z), -(-z.shape[1] // BLOCK))
+        _launch(_gradient, grid, z, y, *_logs(norm), *factors, z.stride(0), y.stride(0), z.shape[1])
+    yield z
+
+
+def _logs(norm: Norm) -> list[Tensor]:
+    return [norm.log[0].contiguous(), norm.ref_log[0].contiguous()]
