@@ -85,11 +85,13 @@ def checkpointed_loss(c: Case) -> None:
 def products(c: Case) -> None:
     """Logits of both, gradient of the hidden states, gradient of the weight: on klft's tiles, nothing else."""
     elements, tokens = (fused.TILE, fused.TOKENS) if CUDA else (fused.CPU_TILE, fused.CPU_TOKENS)
-    size = max(1, min(elements // c.v, tokens))
-    grad, tile = torch.zeros_like(c.w), torch.empty(min(size, c.n), c.v, dtype=DTYPE, device=DEVICE)
+    most = max(1, min(elements // c.v, tokens))
+    size = -(-c.n // -(-c.n // most))
+    grad, tile = torch.zeros_like(c.w), torch.empty(size * c.v, dtype=DTYPE, device=DEVICE)
     for start in range(0, c.n, size):
         h = c.h[start : start + size]
-        z = tile[: len(h)]
+        z = tile[: len(h) * c.v]
+        z = z.view(len(h), c.v) if CUDA else z.view(c.v, len(h)).t()
         torch.mm(c.ref_h[start : start + size], c.ref_w.t(), out=z)
         torch.mm(h, c.w.t(), out=z)
         torch.mm(z, c.w)
