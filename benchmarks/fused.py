@@ -1,6 +1,6 @@
 """KL without logits beside what else there is, in one process: ratios of time and of memory.
 
-    python benchmarks/fused.py [--rounds 5] [--only speed growth memory processes ppo]
+    python benchmarks/fused.py [--rounds 5] [--only speed growth memory processes ppo busy]
 
 Contenders: klft; TRL's own kernels (imported from where they are, private or not: here that is the point); a chunked
 KL in the manner of torchtune (chunks of tokens, logits recomputed under checkpointing); dense logits; and the bare
@@ -153,6 +153,20 @@ def speed(rounds: int) -> None:
         )
 
 
+def busy(rounds: int) -> None:
+    """(f) with another process that never rests, against the same alone."""
+    contenders, c = [klft_loss, trl_loss, dense_loss, products], Case(1024, 512, 32_768)
+    alone = race(contenders, c, rounds)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            beside = race(contenders, c, rounds)
+        finally:
+            other.kill()
+    for name, times in beside.items():
+        slower, beside_us = ratio(times, alone[name]), ratio(times, beside["klft_loss"])
+        print(f"    {name}: {slower:.2f} x its time alone, {beside_us:.2f} x klft_loss")
+
+
 def growth(rounds: int) -> None:
     """(b) in N, V and D, relative to the first of each row."""
     base = (256, 256, 16_384)
@@ -281,7 +295,7 @@ def ppo(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {f.__name__: f for f in (speed, growth, memory, processes, ppo)}
+    parts = {f.__name__: f for f in (speed, growth, memory, processes, ppo, busy)}
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
