@@ -45,8 +45,8 @@ def _log_mix(c: float, x: Tensor) -> Tensor:
 
 
 def _times(w: Tensor, y: Tensor) -> Tensor:
-    """w * y where w > 0, else 0: the limit that 0 * inf stands for in every term here."""
-    return torch.where(w > 0, w * y, 0.0)
+    """w * y, and 0 where w is 0: the limit that 0 * inf stands for in every term here."""
+    return torch.where(w == 0, 0.0, w * y)
 
 
 def _same(total: Tensor, *_params: float) -> Tensor:

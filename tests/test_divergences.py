@@ -394,6 +394,26 @@ def test_bounded_divergences_stay_finite_where_one_model_has_no_mass(params, sid
 
 
 @every_row
+@pytest.mark.parametrize("poison", [math.nan, INF])
+def test_what_is_no_distribution_has_no_divergence(name, params, poison):
+    for model in (0, 1):
+        pair = logits_pair(4, 7)
+        pair[model][1, 3] = poison
+        value, gradient = run(name, params, *pair)
+        assert value.isnan().tolist() == [False, True, False, False]
+        assert gradient[1].isnan().any()
+        assert gradient[[0, 2, 3]].isfinite().all()
+
+
+def test_entropy_of_what_is_no_distribution():
+    logits, _ = logits_pair(3, 7)
+    logits[1, 3], logits[2, 0] = math.nan, INF
+    value, gradient = oracles.value_and_gradient(klft.entropy, logits)
+    assert value.isnan().tolist() == [False, True, True]
+    assert gradient[0].isfinite().all()
+
+
+@every_row
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_huge_logits_and_one_hot_rows(name, params, dtype):
     one_hot = torch.full((4, 6), -1e4, dtype=dtype)
