@@ -1,8 +1,12 @@
 """Slices of the vocabulary over threads: the dense result with any number of them, and a pool that is safe to share."""
 
+import gc
 import os
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,6 +15,7 @@ import torch
 from oracles import HEADS, two_heads, value_and_gradients
 from test_divergences import ROWS
 from test_fused import (
+    DIFFERENTIABLE,
     EXACT,
     LOSSES,
     all_tokens,
@@ -29,6 +34,9 @@ from test_fused import (
 
 from klft import fused
 from klft.fused import threads
+from klft.fused.sides import Side
+from klft.fused.tiles import Problem
+from klft.heads import LMHead
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -93,6 +101,25 @@ def test_suppressed_tokens_are_as_if_they_were_not_there(function, count):
     torch.testing.assert_close([value, hidden, weight[kept], bias[kept]], truth, **EXACT)
     assert (weight[gone] == 0).all()
     assert (bias[gone] == 0).all()
+
+
+@pytest.mark.parametrize("field", DIFFERENTIABLE)
+def test_suppressed_slices_below_a_low_log_sum_exp(field, count):
+    """exp(-lse) is no number there, and what a slice without a finite logit is multiplied with must be one."""
+    two = two_heads(3, 13, "bias")
+    two.bias -= 800
+    two.bias[5:] = two.ref_bias[5:] = -torch.inf
+    two.token_ids.copy_(torch.tensor([0, 4, 1]))
+    few = replace(
+        two, weight=two.weight[:5], bias=two.bias[:5], ref_weight=two.ref_weight[:5], ref_bias=two.ref_bias[:5]
+    )  # fmt: skip
+    pick = lambda scores: getattr(scores, field).sum()
+    truth = value_and_gradients(dense_loss(few, pick), few.leaves)
+    for ours in (our_loss(two, pick), lambda *x: pick(our_scores(two, *x))):
+        value, hidden, weight, bias = value_and_gradients(ours, two.leaves)
+        torch.testing.assert_close([value, hidden, weight[:5], bias[:5]], truth, **EXACT)
+        assert (weight[5:] == 0).all()
+        assert (bias[5:] == 0).all()
 
 
 @every_function
@@ -184,16 +211,16 @@ def test_jobs_take_part_in_inference_mode_and_record_no_graph(two_threads):
 
 
 def test_the_pool_follows_torch(two_threads):
-    for total, each in ((2, 1), (3, 1), (17, 2)):
+    for total, workers, each in ((2, 2, 1), (3, 3, 1), (8, 8, 1), (15, 7, 2), (17, 5, 3), (64, 8, 8)):
         torch.set_num_threads(total)
-        workers = threads.count()
+        assert threads.count() == workers
         meet = threading.Barrier(workers, timeout=60)
 
         def job(_, meet=meet):
             meet.wait()
             return torch.get_num_threads()
 
-        assert threads.each(job, range(workers)) == [each] * min(total, threads.MOST)
+        assert threads.each(job, range(workers)) == [each] * workers
         assert torch.get_num_threads() == total
         later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
         assert later == total, "a thread of the caller's own, begun later, has torch's threads"
@@ -215,3 +242,109 @@ def test_a_fork_has_a_pool_of_its_own(two_threads):
         os.waitpid(child, 0)
         pytest.fail("the child waits for its parent's threads")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_an_interrupted_caller_leaves_no_job_behind(two_threads, monkeypatch):
+    begun, ended, go = [], [], threading.Event()
+
+    def job(item):
+        begun.append(item)
+        go.wait(60)
+        ended.append(item)
+
+    def interrupted(futures):
+        monkeypatch.undo()
+        threading.Timer(0.2, go.set).start()
+        raise KeyboardInterrupt
+
+    threads.each(lambda item: item, [0, 1])
+    monkeypatch.setattr(threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.each(job, range(9))
+    assert sorted(begun) == sorted(ended)
+    assert len(begun) < 9
+
+
+def test_a_failed_call_keeps_nothing_alive(two_threads):
+    class Large:
+        pass
+
+    def fail():
+        large = Large()
+        alive = weakref.ref(large)
+
+        def job(item):
+            assert large
+            raise ValueError(item)
+
+        with pytest.raises(ValueError, match=r"1|2"):
+            threads.each(job, [1, 2])
+        return alive
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert fail()() is None, "only the garbage collector would free a failed call's tiles"
+    finally:
+        gc.enable()
+
+
+def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
+    before, start, started = torch.get_num_threads(), threading.Thread.start, []
+
+    def refuse(self):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    torch.set_num_threads(4)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    try:
+        assert threads.each(lambda item: item + 1, [1, 2, 3]) == [2, 3, 4]
+        assert torch.get_num_threads() == 4
+        started[0].join(60)
+        assert not started[0].is_alive(), "it waits for those that never came"
+    finally:
+        torch.set_num_threads(before)
+
+
+AT_THE_END = """
+import atexit, threading, time, torch
+from klft.fused import threads
+
+torch.set_num_threads(2)
+FIRST
+def late():
+    threading.main_thread().join()
+    print("thread", threads.each(lambda item: item + 1, [1, 2]), flush=True)
+
+atexit.register(lambda: print("atexit", threads.each(lambda item: item + 1, [1, 2]), flush=True))
+threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("first", ["", "threads.each(lambda item: item, [1, 2])"], ids=["new pool", "old pool"])
+def test_python_on_its_way_out(first):
+    run = [sys.executable, "-c", AT_THE_END.replace("FIRST", first)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["thread [2, 3]", "atexit [2, 3]", ""]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
+def test_every_thread_has_a_part(tokens):
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        side = Side(torch.zeros(tokens, 1), LMHead(torch.zeros(151_936, 1)), 1.0)
+        problem = Problem(side, None, torch.zeros(tokens).long(), None, 1 << 30, 512, 1 << 18, False)
+        if tokens > 1:
+            assert len(problem.parts) == 8
+            assert {len(part) for part in problem.parts} == {len(problem.parts[0])}
+        assert problem.slices[-1].stop == 151_936
+        assert max(s.stop - s.start for s in problem.slices) * tokens <= 1 << 18
+    finally:
+        torch.set_num_threads(before)

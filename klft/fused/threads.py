@@ -8,19 +8,24 @@ benchmarks/README.md).
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
-MOST = 8  # more would queue for Python's lock; beyond it each thread shares its operations out over a few of torch's
+MOST = 8  # more would queue for Python's lock; with more cores each job shares its operations out over a few of them
 _lock = threading.Lock()
 _pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
 
 
+def _share() -> int:
+    """How many of torch's threads a job has to itself."""
+    return -(-torch.get_num_threads() // MOST)
+
+
 def count() -> int:
     """How many jobs run at once."""
-    return min(torch.get_num_threads(), MOST)
+    return torch.get_num_threads() // _share()
 
 
 def _limit(threads: int) -> None:
@@ -34,16 +39,25 @@ def _workers() -> ThreadPoolExecutor:
     total, workers = torch.get_num_threads(), count()
     with _lock:
         if _pool is None or _pool[0] != (os.getpid(), total):
-            pool = ThreadPoolExecutor(workers, "klft", _limit, (total // workers,))
+            pool = ThreadPoolExecutor(workers, "klft", _limit, (_share(),))
             meet = threading.Barrier(workers)
-            wait([pool.submit(meet.wait) for _ in range(workers)])
-            torch.set_num_threads(total)  # a worker's call also set what threads to come will have
+            try:
+                wait([pool.submit(meet.wait) for _ in range(workers)])
+            except BaseException:
+                meet.abort()  # or those that came would wait for the others for ever
+                pool.shutdown(wait=False)
+                raise
+            finally:
+                torch.set_num_threads(total)  # a worker's call also set what threads to come will have
             _pool = (os.getpid(), total), pool
         return _pool[1]
 
 
 def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """[job(item) for item in items], at once. Raises what a job raises, when all have ended."""
+    """[job(item) for item in items], at once. Raises what a job raises, when all have ended.
+
+    Whoever is interrupted (Ctrl-C) waits for the jobs that have begun; the others never do.
+    """
     if len(items) < 2:
         return [job(item) for item in items]
     inference = torch.is_inference_mode_enabled()
@@ -52,6 +66,20 @@ def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         with torch.inference_mode(inference), torch.no_grad():
             return job(item)
 
-    futures = [_workers().submit(run, item) for item in items]
-    wait(futures)
-    return [future.result() for future in futures]
+    futures: list[Future[Any]] = []
+    try:
+        try:
+            for item in items:
+                futures.append(_workers().submit(run, item))
+        except RuntimeError:  # Python is on its way out, or the system has no thread to give
+            pass
+        here = [run(item) for item in items[len(futures) :]]
+        wait(futures)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
+    # Popped: a name for the future whose error this raises would tie the tiles to it until the garbage is collected.
+    futures.reverse()
+    return [futures.pop().result() for _ in range(len(futures))] + here

@@ -4,7 +4,7 @@
 vocabulary that live here] and knows the collectives. Nothing larger than two tiles ever exists.
 
 A tile is worked on slice by slice, a slice being a few rows of the vocabulary: logits, sums and gradients of one are
-made while it is in the cache, by threads that have slices of their own. On a GPU all rows are one slice.
+made while it is in the cache, by threads that have slices of their own. On a GPU slices are large, or the whole tile.
 """
 
 import functools
@@ -93,7 +93,8 @@ class Tile:
     def _part(self, part: range) -> tuple[Sequence[Tensor], Sequence[Tensor], Norm]:
         """Some slices of both models' logits (the policy's twice if it is alone), and what makes p and q of them."""
         zs, ys = (t[part.start : part.stop] for t in (self.pieces[0], self.pieces[-1]))
-        below = self.lse[0] - self.peaks[part.start : part.stop]
+        # Below 0 only where a slice has no finite logit: its exponentials, 0, need a weight that is a number.
+        below = (self.lse[0] - self.peaks[part.start : part.stop]).clamp(min=0)
         logs, weights = below + _logs(self.lse[1]), torch.exp(-below) / self.lse[1]
         # Not the difference of the logs: their roundings would shift the whole row.
         apart = (below[:, -1] - below[:, 0]) + (self.lse[1, -1] / self.lse[1, 0]).log()
@@ -166,7 +167,7 @@ class Tile:
                 values = torch.nn.functional.pad(values, (0, short), value=-torch.inf)
                 ids = torch.nn.functional.pad(ids, (0, short))
                 values, ids = _best(self.shard.gather(values), self.shard.gather(ids), k)
-            found += [values - self.lse[0, m][:, None] - self.lse[1, m].log()[:, None], ids]
+            found += [values - self.lse[0, m][:, None] - _logs(self.lse[1])[m][:, None], ids]
         return found
 
     # ---- gradients -------------------------------------------------------------------------------------------
@@ -276,7 +277,9 @@ def _merge_one(parts: Tensor) -> Tensor:
 
 
 def _logs(totals: Tensor) -> Tensor:
-    return torch.stack([total.log() for total in totals])  # apart for the same reason
+    """The log of [models, n]; NaN for a logit of +inf, as in a log-softmax: -inf would be a probability, 0."""
+    logs = torch.stack([total.log() for total in totals])  # apart for the same reason
+    return logs.masked_fill(logs == torch.inf, torch.nan)
 
 
 def _best(values: Any, ids: Any, k: int) -> tuple[Tensor, Tensor]:
@@ -316,11 +319,15 @@ class Problem:
         most = max(1, min(elements // rows, tokens) // ranks)
         self.size = -(-n // -(-n // most)) if n else 1  # tiles alike, not full ones and a rest
         self.chunks = [slice(start, start + self.size) for start in range(0, n, self.size)]
-        held, device = len(policy.weight), token_ids.device
+        held = len(policy.weight)
+        jobs = threads.count() if token_ids.device.type == "cpu" else 1
         self.tokens, self.sliced = self.size * ranks, slice_elements is not None  # tokens of a tile
-        self.step = max(1, held if slice_elements is None else slice_elements // self.tokens)
+        slices = 1 if slice_elements is None else -(-held // max(1, slice_elements // self.tokens))
+        if slices > 1:
+            slices = -(-slices // jobs) * jobs  # as many for every thread
+        self.step = max(1, -(-held // max(1, slices)))
         self.slices = [slice(start, min(start + self.step, held)) for start in range(0, max(1, held), self.step)]
-        share = -(-len(self.slices) // (threads.count() if device.type == "cpu" else 1))
+        share = -(-len(self.slices) // jobs)
         self.parts = [range(len(self.slices))[start : start + share] for start in range(0, len(self.slices), share)]
 
     @property
