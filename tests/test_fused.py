@@ -455,6 +455,25 @@ def test_a_second_derivative_is_right_or_refused(function):
     torch.testing.assert_close(found, twice(dense_total(function, two)), **EXACT)
 
 
+def test_ids_changed_before_backward_are_refused():
+    two = two_heads(7, 13)
+    total = our_scores(two, *[x.clone().requires_grad_() for x in two.leaves]).logp.sum()
+    two.token_ids.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_what_a_second_backward_reads_may_not_change():
+    for changed in ("ids", "per_token"):
+        two, factor = two_heads(7, 13), weights(7)
+        loss = our_loss(two, lambda s, x: (s.logp * x).sum(), (factor,))
+        total = loss(*[x.clone().requires_grad_() for x in two.leaves])
+        total.backward(retain_graph=True)
+        (two.token_ids if changed == "ids" else factor).zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
 @pytest.mark.parametrize("function", ["linear_divergence", "token_scores"])
 def test_weight_changed_before_backward_is_refused(function):
     two = two_heads(7, 13)
@@ -464,3 +483,53 @@ def test_weight_changed_before_backward_is_refused(function):
         leaves[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+# --- what is no distribution -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, INF])
+@pytest.mark.parametrize("place", ["bias", "weight", "hidden"])
+def test_what_is_no_distribution_is_never_a_number(poison, place, monkeypatch):
+    two = two_heads(3, 13, "bias")
+    {"bias": two.bias, "weight": two.weight[:, 0], "hidden": two.hidden[:, 0]}[place][2] = poison
+    two.hidden[:, 0].abs_()  # an infinite weight is an infinite logit then, never a suppressed token
+    touched = [False, False, True] if place == "hidden" else [True] * 3
+    two.token_ids.copy_(torch.tensor([0, 7, 11]))
+    for _ in tiles(monkeypatch, 13):
+        scores = our_scores(two, *two.leaves)
+        for field in DIFFERENTIABLE:
+            assert getattr(scores, field).isnan().tolist() == touched, field
+            # exp: of a log-probability of -inf it would be 0, and so would the loss be.
+            found = value_and_gradients(our_loss(two, lambda s, f=field: getattr(s, f).exp().sum()), two.leaves)
+            assert found[0].isnan(), field
+            assert found[1][2].isnan().any(), field
+        for name, params in MANY:
+            assert our_divergence(two, name, *params)(*two.leaves).isnan().tolist() == touched, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_lowest_number_as_a_mask(dtype, monkeypatch):
+    """finfo.min instead of -inf, in one model or in both: its tokens are as if they were not there."""
+    two, kept = two_heads(3, 13, "bias"), [0, *range(4, 11), 12]
+    gone = [i for i in range(13) if i not in kept]
+    two.token_ids.copy_(torch.tensor([5, 0, 12]))
+    few = replace(
+        two, weight=two.weight[kept], bias=two.bias[kept], ref_weight=two.ref_weight[kept],
+        ref_bias=two.ref_bias[kept], token_ids=torch.tensor([kept.index(i) for i in two.token_ids]),
+    )  # fmt: skip
+    for bias in (two.bias, two.ref_bias):
+        bias[gone] = torch.finfo(dtype).min
+    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+    cast = replace(two, **{name: getattr(two, name).to(dtype) for name in names})
+    tolerance = EXACT if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    for loss in (
+        lambda s: 10 * s.entropy.sum(),
+        lambda s: (10 * s.entropy + 7 * s.reverse_kl - 3 * s.logp).sum(),
+        lambda s: (9 * s.forward_kl + 7 * s.reverse_kl).sum(),
+    ):
+        truth = value_and_gradients(dense_loss(few, loss), few.leaves)
+        for _ in tiles(monkeypatch, 13):
+            found = [x.double() for x in value_and_gradients(our_loss(cast, loss), cast.leaves)]
+            found[2:] = [found[2][kept], found[3][kept]]
+            torch.testing.assert_close(found, truth, **tolerance)

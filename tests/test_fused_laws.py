@@ -58,14 +58,14 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-def cost(function, two, trained):
+def cost(function, two, trained, backward=True):
     leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(two.leaves)]
     mask = all_tokens(two)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the ledger sees what its own thread does
     with Ledger() as ledger:
         total = our_total(function, two, mask)(*leaves)
-        if trained:
+        if trained and backward:
             total.backward()
     torch.set_num_threads(threads)
     return ledger.products / (len(two.hidden) * two.weight.numel()), ledger.peak / (8 * two.logits(*leaves).numel())
@@ -94,6 +94,15 @@ def test_matrix_products_are_counted(function, trained, products, monkeypatch):
         assert found == products
     else:
         assert products - 2 <= found <= products  # a backend may keep what it would otherwise compute again
+
+
+@every_function
+def test_no_gradient_is_made_that_nobody_can_ask_for(function, monkeypatch):
+    two = two_heads(64, 31, dim=4)
+    set_tile(monkeypatch, 5 * 31)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert cost(function, two, [0, 1], backward=False)[0] == 2
 
 
 @every_function

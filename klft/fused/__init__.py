@@ -10,6 +10,8 @@ A head is a klft.heads.LMHead, whole or this process's rows (klft.sharding). All
 `head.weight` and `head.bias`, never in the reference's side. The first two make their tiles a second time in the
 backward; `fused_token_loss` takes the gradient while the tile is there: four matrix products in all.
 Source of the idea of tiles: arXiv 2411.09009.
+On a CPU several Python threads share the work; a FLOP counter or a profiler that watches its own thread only sees all
+of it under torch.set_num_threads(1).
 """
 
 import functools
@@ -143,7 +145,7 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, names: tuple[str, ...], top_k: int):
         # The problem holds them all, cast; saved only so that autograd sees if one changes before the backward.
-        ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
+        ctx.save_for_backward(hidden, weight, bias, problem.ids, *problem.fixed)
         parts, ctx.facts, extra = [], [], []
         for rows in problem.chunks:
             tile = Tile(problem, rows)
@@ -316,7 +318,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, loss_fn: Callable, per_token: Sequence[Tensor]):
-        ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
+        ctx.save_for_backward(hidden, weight, bias, problem.ids, *problem.fixed, *per_token)
         ctx.problem = problem
         ctx.again = functools.partial(_loss_and_gradients, problem, loss_fn, per_token, ctx.needs_input_grad[:3])
         total, ctx.grads = ctx.again()
@@ -437,4 +439,7 @@ def fused_token_loss(
                 f"fused_token_loss: per_token tensors are constants with one entry per token ({len(token_ids)}), got "
                 f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
             )
-    return _TokenLoss.apply(hidden, head.weight, head.bias, problem, loss_fn, tuple(per_token))  # pyright: ignore
+    leaves = (hidden, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
+        leaves = tuple(None if t is None else t.detach() for t in leaves)
+    return _TokenLoss.apply(*leaves, problem, loss_fn, tuple(per_token))  # pyright: ignore

@@ -121,15 +121,13 @@ def gradients(
     # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
     columns = [_columns(None if t is None else t * norm.weight) for t in (a, b, c)]
     columns.append(_columns(None if d is None else d * norm.ref_weight))
-    for z, y, aj, bj, cj, dj, (dz, inner, second) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
+    for z, y, aj, bj, cj, dj, (dz, inner, third) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
         torch.exp(z, out=dz)
-        if cj is not None:
-            torch.sub(y, z, out=inner).mul_(cj)
-            if bj is not None:
-                inner.add_(torch.mul(z, bj, out=second))
-            dz.mul_(inner.add_(aj))
-        else:
-            dz.mul_(aj if bj is None else torch.mul(z, bj, out=inner).add_(aj))
+        if bj is not None:
+            torch.mul(dz, z, out=third).mul_(bj)  # in this order: z may be the lowest number, and bj times it infinite
+        dz.mul_(aj if cj is None else torch.sub(y, z, out=inner).mul_(cj).add_(aj))
+        if bj is not None:
+            dz.add_(third)
         if dj is not None:
             dz.sub_(torch.exp(y, out=inner).mul_(dj))
         yield dz
