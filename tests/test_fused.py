@@ -509,8 +509,10 @@ def test_what_is_no_distribution_is_never_a_number(poison, place, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_lowest_number_as_a_mask(dtype, monkeypatch):
-    """finfo.min instead of -inf, in one model or in both: its tokens are as if they were not there."""
+@pytest.mark.parametrize("slice_elements", [1, 5, EVERYTHING])
+def test_the_lowest_number_as_a_mask(dtype, slice_elements, monkeypatch):
+    """finfo.min instead of -inf: its tokens are as if they were not there, whole slices of them too."""
+    monkeypatch.setattr(fused, "CPU_SLICE", slice_elements)
     two, kept = two_heads(3, 13, "bias"), [0, *range(4, 11), 12]
     gone = [i for i in range(13) if i not in kept]
     two.token_ids.copy_(torch.tensor([5, 0, 12]))
@@ -518,18 +520,36 @@ def test_the_lowest_number_as_a_mask(dtype, monkeypatch):
         two, weight=two.weight[kept], bias=two.bias[kept], ref_weight=two.ref_weight[kept],
         ref_bias=two.ref_bias[kept], token_ids=torch.tensor([kept.index(i) for i in two.token_ids]),
     )  # fmt: skip
-    for bias in (two.bias, two.ref_bias):
-        bias[gone] = torch.finfo(dtype).min
+    lowest = torch.finfo(dtype).min
     names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-    cast = replace(two, **{name: getattr(two, name).to(dtype) for name in names})
     tolerance = EXACT if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
-    for loss in (
-        lambda s: 10 * s.entropy.sum(),
-        lambda s: (10 * s.entropy + 7 * s.reverse_kl - 3 * s.logp).sum(),
-        lambda s: (9 * s.forward_kl + 7 * s.reverse_kl).sum(),
-    ):
-        truth = value_and_gradients(dense_loss(few, loss), few.leaves)
-        for _ in tiles(monkeypatch, 13):
-            found = [x.double() for x in value_and_gradients(our_loss(cast, loss), cast.leaves)]
-            found[2:] = [found[2][kept], found[3][kept]]
-            torch.testing.assert_close(found, truth, **tolerance)
+    for mask, ref_mask in [(lowest, lowest), (-1e35, lowest), (-1000.0, lowest)]:  # exp gives 0 for each
+        two.bias[gone], two.ref_bias[gone] = mask, ref_mask
+        cast = replace(two, **{name: getattr(two, name).to(dtype) for name in names})
+        for loss in (
+            lambda s: 1e4 * s.entropy.sum(),
+            lambda s: 10 * s.reverse_kl.sum(),
+            lambda s: (10 * s.entropy + 7 * s.reverse_kl - 3 * s.logp).sum(),
+            lambda s: (9 * s.forward_kl + 7 * s.reverse_kl).sum(),
+        ):
+            value, *truth = value_and_gradients(dense_loss(few, loss), few.leaves)
+            found = value_and_gradients(our_loss(cast, loss), cast.leaves)
+            assert all(x.isfinite().all() for x in found)
+            scale = max(1, *(x.abs().max().item() for x in truth))  # of a factor of 1e4 too the digits count
+            found = [x.double() / scale for x in (found[0], found[1], found[2][kept], found[3][kept])]
+            torch.testing.assert_close(found, [x / scale for x in (value, *truth)], **tolerance)
+
+
+@pytest.mark.parametrize("function", ["token_scores", "fused_token_loss", "linear_divergence"])
+def test_constants_made_in_inference_mode(function):
+    """As rollouts are: ids, old log-probabilities, the reference's hidden states and head."""
+    two = two_heads(7, 13, "bias")
+    truth = value_and_gradients(dense_total(function, two), two.leaves)
+    with torch.inference_mode():
+        names = ("token_ids", "ref_hidden", "ref_weight", "ref_bias")
+        two = replace(two, **{name: getattr(two, name).clone() for name in names})
+        mask = all_tokens(two)
+    if function != "fused_token_loss":
+        mask = mask.clone()  # the test's own use of it
+    assert two.token_ids.is_inference()
+    torch.testing.assert_close(value_and_gradients(our_total(function, two, mask), two.leaves), truth, **EXACT)

@@ -145,7 +145,7 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, names: tuple[str, ...], top_k: int):
         # The problem holds them all, cast; saved only so that autograd sees if one changes before the backward.
-        ctx.save_for_backward(hidden, weight, bias, problem.ids, *problem.fixed)
+        ctx.save_for_backward(hidden, weight, bias, *problem.constants())
         parts, ctx.facts, extra = [], [], []
         for rows in problem.chunks:
             tile = Tile(problem, rows)
@@ -196,7 +196,7 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, name: str, params: tuple[float, ...]):
-        ctx.save_for_backward(hidden, weight, bias, *problem.fixed)
+        ctx.save_for_backward(hidden, weight, bias, *problem.constants())
         row, parts, ctx.facts = DIVERGENCES[name], [], []
         for rows in problem.chunks:
             tile = Tile(problem, rows)
@@ -318,7 +318,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem: Problem, loss_fn: Callable, per_token: Sequence[Tensor]):
-        ctx.save_for_backward(hidden, weight, bias, problem.ids, *problem.fixed, *per_token)
+        ctx.save_for_backward(hidden, weight, bias, *problem.constants(*per_token))
         ctx.problem = problem
         ctx.again = functools.partial(_loss_and_gradients, problem, loss_fn, per_token, ctx.needs_input_grad[:3])
         total, ctx.grads = ctx.again()
@@ -439,7 +439,9 @@ def fused_token_loss(
                 f"fused_token_loss: per_token tensors are constants with one entry per token ({len(token_ids)}), got "
                 f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
             )
+    # torch would not let loss_fn multiply by a tensor made in inference mode, as rollouts often are.
+    constants = tuple(t.clone() if t.is_inference() else t for t in per_token)
     leaves = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
         leaves = tuple(None if t is None else t.detach() for t in leaves)
-    return _TokenLoss.apply(*leaves, problem, loss_fn, tuple(per_token))  # pyright: ignore
+    return _TokenLoss.apply(*leaves, problem, loss_fn, constants)  # pyright: ignore

@@ -69,8 +69,9 @@ def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     futures: list[Future[Any]] = []
     try:
         try:
+            pool = _workers()
             for item in items:
-                futures.append(_workers().submit(run, item))
+                futures.append(pool.submit(run, item))
         except RuntimeError:  # Python is on its way out, or the system has no thread to give
             pass
         here = [run(item) for item in items[len(futures) :]]

@@ -324,17 +324,17 @@ class Problem:
         self.tokens, self.sliced = self.size * ranks, slice_elements is not None  # tokens of a tile
         slices = 1 if slice_elements is None else -(-held // max(1, slice_elements // self.tokens))
         if slices > 1:
-            slices = -(-slices // jobs) * jobs  # as many for every thread
+            slices = -(-slices // jobs) * jobs  # a like number for every thread
         self.step = max(1, -(-held // max(1, slices)))
         self.slices = [slice(start, min(start + self.step, held)) for start in range(0, max(1, held), self.step)]
         share = -(-len(self.slices) // jobs)
         self.parts = [range(len(self.slices))[start : start + share] for start in range(0, len(self.slices), share)]
 
-    @property
-    def fixed(self) -> list[Tensor]:
-        """The reference's tensors."""
+    def constants(self, *more: Tensor) -> list[Tensor]:
+        """The ids, the reference's tensors and more, as far as autograd can see whether one changes."""
         side = self.reference
-        return [] if side is None else [t for t in (side.hidden, side.weight, side.bias) if t is not None]
+        found = [self.ids, *more] + ([] if side is None else [side.hidden, side.weight, side.bias])
+        return [t for t in found if t is not None and not t.is_inference()]
 
     def free(self) -> None:
         """Give the tiles' memory back."""

@@ -102,7 +102,7 @@ def exact_sums(
         if name.endswith("_kl"):
             found.append((first * weight).masked_fill_(second > FAR, torch.nan))
         else:
-            found.append((first * log - second) * weight)
+            found.append(first * (log * weight) - second * weight)  # log may be huge, and its weight 0
     return torch.stack(found).sum(1)
 
 
@@ -114,20 +114,26 @@ def gradients(
 
     a, b, c, d [n], None where nothing asks for it.
     """
+    # What is multiplied with a probability first: a log may be huge where its probability is 0.
+    constant = a * norm.weight
     if b is not None:
-        a = a - b * norm.log
+        constant = constant - b * (norm.log * norm.weight)
     if c is not None:
-        a = a - c * norm.apart
+        constant = constant - c * (norm.apart * norm.weight)
     # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
-    columns = [_columns(None if t is None else t * norm.weight) for t in (a, b, c)]
-    columns.append(_columns(None if d is None else d * norm.ref_weight))
-    for z, y, aj, bj, cj, dj, (dz, inner, third) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
+    factors = [None if t is None else t * norm.weight for t in (b, c)]
+    columns = [_columns(t) for t in (constant, *factors, None if d is None else d * norm.ref_weight)]
+    for z, y, aj, bj, cj, dj, (dz, one, other) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
         torch.exp(z, out=dz)
         if bj is not None:
-            torch.mul(dz, z, out=third).mul_(bj)  # in this order: z may be the lowest number, and bj times it infinite
-        dz.mul_(aj if cj is None else torch.sub(y, z, out=inner).mul_(cj).add_(aj))
+            torch.mul(z, dz, out=one).mul_(bj)
+        if cj is not None:
+            torch.sub(y, z, out=other).mul_(dz).mul_(cj)
+        dz.mul_(aj)
         if bj is not None:
-            dz.add_(third)
+            dz.add_(one)
+        if cj is not None:
+            dz.add_(other)
         if dj is not None:
-            dz.sub_(torch.exp(y, out=inner).mul_(dj))
+            dz.sub_(torch.exp(y, out=one).mul_(dj))
         yield dz
