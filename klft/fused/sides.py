@@ -45,7 +45,7 @@ class Side:
         self._buffer = None
 
     def operand(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the products below take them."""
+        """Hidden states as logits and back take them."""
         return hidden if self._mixed else hidden.to(self.wide)
 
     def logits(self, hidden: Tensor, rows: slice, z: Tensor) -> None:

@@ -34,44 +34,39 @@ class Tile:
 
     def __init__(self, problem: "Problem", rows: slice, lse: Tensor | None = None):
         self.problem, self.shard, self.backend = problem, problem.shard, problem.backend
-        self.hidden = [problem.everyones(side.hidden[rows]) for side in problem.sides]
+        self.hidden = [side.operand(problem.everyones(side.hidden[rows])) for side in problem.sides]
         self.ids = problem.everyones(problem.ids[rows]) - (0 if self.shard is None else self.shard.start)
         self.logits = [side.tile(len(self.ids), problem.sliced) for side in problem.sides]
         self.z, self.y = self.logits[0], self.logits[1] if problem.reference else None
         self.here = (self.ids >= 0) & (self.ids < self.z.shape[1])
         self.pieces = [t.split(problem.step, 1) for t in self.logits]
-        self.peaks = self.z.new_empty(len(problem.slices), len(self.logits), len(self.ids))
+        shape = (len(problem.slices), len(self.logits), len(self.ids))
+        self.peaks = self.z.new_empty(shape) if lse is None else lse[0].expand(shape)
         self.logp = self.ref_logp = None
-        local = torch.stack(problem.each(lambda part, room: self._fold(part, room, lse)))
-        self.lse = self._combine(_merge(local)) if lse is None else lse
+        local = problem.each(lambda part, room: self._fold(part, room, lse is not None))
+        self.lse = self._combine(_merge(torch.stack(local))) if lse is None else lse
         self.bad = self.here.new_zeros(len(self.ids)) if self.logp is None else ~self.logp.isfinite()
         self.values: dict[str, Tensor] = {}
 
-    def _fold(self, part: range, room: Tensor | None, lse: Tensor | None) -> Tensor:
-        """Logits of some slices, each less its peak (or the one known); their log-sum-exp [2, models, n]."""
-        totals = torch.empty_like(self.peaks[part.start : part.stop])
+    def _fold(self, part: range, room: Tensor | None, known: bool) -> Any:
+        """Logits of some slices, each less its peak; their log-sum-exp [2, models, n], unless that is known."""
+        peaks = self.peaks[part.start : part.stop]
+        totals = torch.empty_like(peaks)
         for m, (side, hidden) in enumerate(zip(self.problem.sides, self.hidden, strict=True)):
-            operand, peaks = side.operand(hidden), self.peaks[part.start : part.stop, m]
-            for i, peak, total in zip(part, peaks, totals[:, m], strict=True):
+            for i, peak, total in zip(part, peaks[:, m], totals[:, m], strict=True):
                 z = self.pieces[m][i]
-                side.logits(operand, self.problem.slices[i], z)
-                if lse is None:
-                    self.backend.fold_(z, peak, total, room)
+                side.logits(hidden, self.problem.slices[i], z)
+                if known:
+                    z.sub_(peak[:, None])
                 else:
-                    z.sub_(lse[0, m][:, None])
-        if lse is not None:
-            self.peaks[part.start : part.stop] = lse[0]
-            return lse
-        return _merge(torch.stack([self.peaks[part.start : part.stop], totals], 1))
+                    self.backend.fold_(z, peak, total, room)
+        return None if known else _merge(torch.stack([peaks, totals], 1))
 
     def _combine(self, local: Tensor) -> Tensor:
         """The log-sum-exps over all processes; sets logp and ref_logp on the way."""
         picked = torch.stack([self._picked(t) for t in self.logits])
-        if len(self.problem.slices) > 1:
-            at = (self.ids // self.problem.step).clamp(0, len(self.peaks) - 1)
-            picked += self.peaks[at, :, torch.arange(len(at), device=at.device)].t()
-        else:
-            picked += self.peaks[0]
+        at = (self.ids // self.problem.step).clamp(0, len(self.peaks) - 1)  # whose slice it is
+        picked += self.peaks[at, :, torch.arange(len(at), device=at.device)].t()
         here = self.here.to(picked).expand_as(picked)
         parts = self._gather(torch.stack([*local, picked - local[0], here]))
         lse = _merge(parts[:, :2])
@@ -408,12 +403,11 @@ class Problem:
         hidden = tile.hidden[0]
         if bool(dead.any()):
             hidden = hidden.masked_fill(dead[:, None], 0.0)  # 0 * NaN would reach the weight's gradient
-        operand = self.policy.operand(hidden)
 
         def back(part: range, room: Tensor | None) -> Tensor | None:
             dh = None
             for i, dz in zip(part, gradient(part, room), strict=True):
-                dh = self.policy.back(dz, self.slices[i], operand, grads, dh)
+                dh = self.policy.back(dz, self.slices[i], hidden, grads, dh)
             return dh
 
         dh = self.each(back)
