@@ -170,6 +170,12 @@ class TwoHeads:
         ref = (self.ref_hidden, self.ref_weight, self.ref_bias)
         return head_logits(*ref, temperature=self.temperature, **self.ref_options).detach()
 
+    def only(self, kept: list[int]) -> "TwoHeads":
+        """Of these rows of the vocabulary only, which hold the sampled tokens; heads have a bias."""
+        ids = torch.tensor([kept.index(i) for i in self.token_ids])
+        rows = {name: getattr(self, name)[kept] for name in ("weight", "bias", "ref_weight", "ref_bias")}
+        return replace(self, **rows, token_ids=ids)
+
     def tokens(self, rows) -> "TwoHeads":
         """Of these tokens only."""
         return replace(
