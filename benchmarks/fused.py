@@ -84,15 +84,13 @@ def checkpointed_loss(c: Case) -> None:
 @torch.no_grad()
 def products(c: Case) -> None:
     """Logits of both, gradient of the hidden states, gradient of the weight: on klft's tiles, nothing else."""
-    elements, tokens = (fused.TILE, fused.TOKENS) if CUDA else (fused.CPU_TILE, fused.CPU_TOKENS)
-    most = max(1, min(elements // c.v, tokens))
-    size = -(-c.n // -(-c.n // most))
-    grad, tile = torch.zeros_like(c.w), torch.empty(size * c.v, dtype=DTYPE, device=DEVICE)
-    for start in range(0, c.n, size):
-        h = c.h[start : start + size]
+    problem = fused._problem(c.h, LMHead(c.w), c.ids, c.ref_h, LMHead(c.ref_w), 1.0)
+    grad, tile = torch.zeros_like(c.w), torch.empty(problem.size * c.v, dtype=DTYPE, device=DEVICE)
+    for rows in problem.chunks:
+        h = c.h[rows]
         z = tile[: len(h) * c.v]
-        z = z.view(len(h), c.v) if CUDA else z.view(c.v, len(h)).t()
-        torch.mm(c.ref_h[start : start + size], c.ref_w.t(), out=z)
+        z = z.view(c.v, len(h)).t() if problem.sliced else z.view(len(h), c.v)
+        torch.mm(c.ref_h[rows], c.ref_w.t(), out=z)
         torch.mm(h, c.w.t(), out=z)
         torch.mm(z, c.w)
         grad.addmm_(z.t(), h)
