@@ -1,0 +1,598 @@
+"""LMHead against the logits of the models it is read off, values and gradients, and forwards that compute none."""
+
+import gc
+import inspect
+import re
+from contextlib import contextmanager
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from support import tiny
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from klft import heads
+from klft.heads import LMHead, base_of, hidden_states
+from klft.ppo.value import attach_value_head, install_hooks, with_values
+from klft.sharding import VocabShard
+
+V = 37
+IDS = torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))
+
+LLAMA_LIKE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 32, "initializer_range": 0.3,
+}  # fmt: skip
+SMALL = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# name -> (class, (scale, softcap) that the head must have, configuration)
+FAMILIES = {
+    "llama": ("Llama", (1, None), LLAMA_LIKE),
+    "llama tied": ("Llama", (1, None), LLAMA_LIKE | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", (1, None), LLAMA_LIKE),
+    "qwen3": ("Qwen3", (1, None), LLAMA_LIKE),
+    "mistral": ("Mistral", (1, None), LLAMA_LIKE),
+    "mixtral": ("Mixtral", (1, None), LLAMA_LIKE | {"num_local_experts": 2, "experts_implementation": "eager"}),
+    "phi": ("Phi", (1, None), LLAMA_LIKE),  # a bias on the head
+    "olmo2": ("Olmo2", (1, None), LLAMA_LIKE),
+    "gemma2": ("Gemma2", (1, 3.0), LLAMA_LIKE | {"final_logit_softcapping": 3.0}),
+    "gemma2 uncapped": ("Gemma2", (1, None), LLAMA_LIKE | {"final_logit_softcapping": None}),
+    "gemma3": ("Gemma3", (1, 3.0), LLAMA_LIKE | {"final_logit_softcapping": 3.0}),
+    "cohere": ("Cohere", (0.25, None), LLAMA_LIKE | {"logit_scale": 0.25}),
+    "cohere2": ("Cohere2", (0.25, None), LLAMA_LIKE | {"logit_scale": 0.25}),
+    "granite": ("Granite", (1 / 3, None), LLAMA_LIKE | {"logits_scaling": 3.0}),
+    "hyperclovax": ("HyperCLOVAX", (3, None), LLAMA_LIKE | {"logits_scaling": 3.0}),
+    "minicpm3": (  # its logits_scaling divides the hidden states, ahead of the head
+        "MiniCPM3", (1, None),
+        {k: v for k, v in LLAMA_LIKE.items() if k != "head_dim"} | {
+            "dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+            "v_head_dim": 4, "num_key_value_heads": 4},
+    ),
+    "falcon_h1": (
+        "FalconH1", (0.3, None),
+        LLAMA_LIKE | {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                      "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma", (1, 3.0),
+        LLAMA_LIKE | {"logits_soft_cap": 3.0, "lru_width": 16, "block_types": ["recurrent", "attention"],
+                      "attention_window_size": 16},
+    ),
+    "mamba": ("Mamba", (1, None), {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}),
+    "gpt2": ("GPT2", (1, None), {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}),  # tied
+    "gpt_neox": ("GPTNeoX", (1, None), {k: v for k, v in LLAMA_LIKE.items() if "key" not in k and k != "head_dim"}),
+    "gptj": ("GPTJ", (1, None), {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4}),
+    "opt": ("OPT", (1, None), {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                               "word_embed_proj_dim": 16, "max_position_embeddings": 32}),
+    "bloom": ("Bloom", (1, None), {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
+}  # fmt: skip
+FP32 = {"mamba"}  # casts its logits, whatever it is given
+
+
+def build(name, dtype=torch.float64):
+    family, _, changed = FAMILIES[name]
+    torch.manual_seed(0)
+    names = (f"{family}TextConfig", f"{family}Config")
+    config = next(filter(None, (getattr(transformers, name, None) for name in names)))(**SMALL | changed)
+    made = (getattr(transformers, f"{family}{suffix}", None) for suffix in ("ForCausalLM", "LMHeadModel"))
+    model = next(filter(None, made))(config).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases start at 0, norms at 1: nothing would show if they were left out
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) / 10)
+    return model
+
+
+def llama(dtype=torch.float64, **changed):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL | LLAMA_LIKE | changed)
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gradients(model):
+    found = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def projection(logits):
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+    return (logits * weights).sum()
+
+
+def own(model, **inputs):
+    """The model's own logits, and the gradients of a projection of them."""
+    logits = model(input_ids=IDS, **inputs).logits
+    projection(logits).backward()
+    return logits.detach(), gradients(model)
+
+
+def read(model, **inputs):
+    """The same through hidden states and the head."""
+    with hidden_states(model) as kept:
+        output = model(input_ids=IDS, **inputs)
+    assert output.logits.shape[-2] == 0, "no logits were computed"
+    head = LMHead.from_model(model)
+    logits = head.logits(kept.hidden)
+    projection(logits).backward()
+    return logits.detach(), gradients(model), head
+
+
+def assert_same_gradients(mine, theirs, tolerance=1e-10):
+    """Norm-wise; a parameter that the model's own logits do not reach may have a gradient of zero."""
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        if gradient is None:
+            assert mine[name] is None or mine[name].count_nonzero() == 0, name
+            continue
+        assert (mine[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    assert sum(g is not None and bool(g.any()) for g in theirs.values()) >= len(theirs) // 2
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_and_hidden_states_give_the_models_own_logits_and_gradients(name):
+    model = build(name, torch.float32 if name in FP32 else torch.float64)
+    tolerances = (1e-6, 1e-5) if name in FP32 else (1e-12, 1e-10)
+    logits, theirs = own(model)
+    mine, found, head = read(model)
+    assert (head.scale, head.softcap) == pytest.approx(FAMILIES[name][1])
+    assert model not in heads._probed, "a class that klft knows needs no probe"
+    assert head.rows == V
+    torch.testing.assert_close(mine, logits, rtol=tolerances[0], atol=tolerances[0])
+    assert_same_gradients(found, theirs, tolerances[1])
+
+
+def test_tables_say_what_the_installed_classes_do():
+    """Between the head and the loss of every class klft claims to know stands what the tables say, nothing else."""
+    does = {"times": r"logits \* ({0})", "over": r"logits / ({0})", "cap": r"tanh\(logits(?: / cap)?\)"}
+    plain = r"self\.lm_head\(hidden_states(\.to\([\w.=]+\))?\)(\.float\(\)|\.contiguous\(\))?"
+    claims = dict.fromkeys(heads._PLAIN.split())
+    claims |= {name: (field, how) for field, how, classes in heads._AFTER for name in classes.split()}
+    checked = 0
+    for name, claim in claims.items():
+        cls = getattr(transformers, f"{name}ForCausalLM", None) or getattr(transformers, f"{name}LMHeadModel", None)
+        if cls is None:
+            continue
+        checked += 1
+        code = re.sub(r'(?s)""".*?"""|#[^\n]*', "", inspect.getsource(cls.forward))
+        text = re.split(r"loss = None|if labels is not None|return ", code[code.rindex("logits = self.lm_head") :])[0]
+        assert re.search(plain, text), name
+        rest = re.sub(plain, "logits", text)
+        if claim is None:
+            assert re.fullmatch(r"logits = logits\s*", rest), (name, rest)
+            continue
+        field, how = claim
+        assert field in rest or f"self.{field}" in rest, (name, rest)
+        assert re.search(does[how].format(rf"[\w.]*{field}|[\w.]*{field}"), rest) or "soft_cap(" in rest, (name, rest)
+        assert how != "cap" or not re.search(r"logits \* (?!self\.config\.(final|output)_logit_soft|cap)", rest), rest
+    assert checked > 60
+
+
+def test_padding_on_the_left_and_the_last_logits_only():
+    model = llama()
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    logits, theirs = own(model, attention_mask=mask, logits_to_keep=3)
+    mine, found, _ = read(model, attention_mask=mask, logits_to_keep=3)
+    assert mine.shape == (2, 3, V)
+    torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(found, theirs)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = llama().train()
+    logits, theirs = own(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    mine, found, _ = read(model)
+    torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(found, theirs)
+
+
+def test_a_frozen_head_stays_frozen():
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    mine, found, head = read(model)
+    assert not head.weight.requires_grad
+    assert found["lm_head.weight"] is None
+    assert found["model.norm.weight"].any()
+    torch.testing.assert_close(mine, own(model)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_models_give_fp32_logits_nearer_to_the_truth_than_their_own():
+    model = llama(torch.bfloat16)
+    truth = LMHead.from_model(model.double())
+    model.to(torch.bfloat16)
+    with hidden_states(model) as kept, torch.no_grad():
+        model(input_ids=IDS)
+    head = LMHead.from_model(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head.logits(kept.hidden)
+    assert kept.hidden.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    exact = kept.hidden.double() @ truth.weight.T.to(torch.bfloat16).double()
+    assert (logits - exact).abs().max() < 1e-5 < (model(input_ids=IDS).logits - exact).abs().max()
+
+
+def test_state_values_ride_along():
+    model = llama()
+    attach_value_head(model)
+    nn.init.normal_(model.v_head.weight)
+    install_hooks(model)
+    with with_values(model):
+        expected = model(input_ids=IDS)
+        with hidden_states(model) as kept:
+            output = model(input_ids=IDS)
+    assert torch.equal(output["state_values"], expected["state_values"])
+    assert output["logits"].shape == (2, 0, V)
+    torch.testing.assert_close(LMHead.from_model(model).logits(kept.hidden), expected["logits"])
+
+
+# ---- hidden_states leaves no trace ---------------------------------------------------------------------------------
+
+
+def hooks_of(model):
+    return [(m, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+def test_no_trace_is_left_and_generate_is_unchanged():
+    model = llama()
+    before = hooks_of(model)
+
+    def generated():
+        return model.generate(IDS, attention_mask=torch.ones_like(IDS), do_sample=False, max_new_tokens=6)
+
+    first = generated()
+    with hidden_states(model) as kept:
+        model(input_ids=IDS)
+    assert hooks_of(model) == before
+    assert torch.equal(generated(), first)
+    assert model(input_ids=IDS).logits.shape == (2, 5, V)
+    assert kept.hidden.shape == (2, 5, 16)
+
+
+def test_no_trace_is_left_by_an_error():
+    model = tiny.llama()
+    before = hooks_of(model)
+    with pytest.raises(ZeroDivisionError), hidden_states(model):
+        raise ZeroDivisionError
+    assert hooks_of(model) == before
+
+
+def test_a_forward_that_never_comes_is_an_error():
+    model = tiny.llama()
+    before = hooks_of(model)
+    with pytest.raises(RuntimeError, match="no forward of LlamaForCausalLM"), hidden_states(model):
+        pass
+    assert hooks_of(model) == before
+
+
+# ---- classes klft does not know ------------------------------------------------------------------------------------
+
+
+class Renamed(transformers.LlamaForCausalLM):
+    """A plain head in a class of one's own."""
+
+    calls = 0
+
+    def forward(self, input_ids=None, **inputs):
+        self.calls += 1
+        assert not self.training
+        torch.rand(3)
+        return super().forward(input_ids=input_ids, **inputs)
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    """Does something to the logits that no configuration mentions."""
+
+    def forward(self, *args, **inputs):
+        output = super().forward(*args, **inputs)
+        output.logits = output.logits * 1.01
+        return output
+
+
+class Capped(transformers.LlamaForCausalLM):
+    """Scale and softcap, as its configuration says."""
+
+    def forward(self, *args, **inputs):
+        output = super().forward(*args, **inputs)
+        cap = self.config.final_logit_softcapping
+        output.logits = cap * torch.tanh(output.logits / self.config.logits_scaling / cap)
+        return output
+
+
+class Masked(transformers.LlamaForCausalLM):
+    """One id can never be said."""
+
+    def forward(self, *args, **inputs):
+        output = super().forward(*args, **inputs)
+        output.logits[..., 5] = torch.finfo(output.logits.dtype).min
+        return output
+
+
+class Two(nn.Module):
+    """Not a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.weight = nn.Parameter(torch.randn(V, 16))
+
+    def forward(self, x):
+        return torch.relu(self.inner(x)) @ self.weight.T
+
+
+class Packed(nn.Linear):
+    """As quantised layers are: integers, and a forward of its own."""
+
+    def __init__(self):
+        super().__init__(16, V, bias=False)
+        self.weight = nn.Parameter(torch.randint(-9, 9, (V, 16), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 9)
+
+
+def of_class(cls, **changed):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL | LLAMA_LIKE | {"initializer_range": 0.02} | changed)
+    return cls(config)
+
+
+def test_an_unknown_class_is_accepted_if_its_logits_agree_on_one_probe_that_leaves_no_trace():
+    model = of_class(Renamed)
+    model.train()
+    model.model.layers[1].eval()
+    modes, state, before = [m.training for m in model.modules()], torch.get_rng_state(), hooks_of(model)
+    head = LMHead.from_model(model)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert hooks_of(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    assert LMHead.from_model(model).weight is head.weight is model.lm_head.weight
+    assert model.calls == 1, "the answer is remembered"
+
+
+def test_what_the_probe_found_is_forgotten_with_the_model():
+    model = of_class(Renamed)
+    LMHead.from_model(model)
+    assert model in heads._probed
+    count = len(heads._probed)
+    del model
+    gc.collect()
+    assert len(heads._probed) < count
+
+
+def test_the_probe_finds_what_the_configuration_says_though_logits_are_small():
+    model = of_class(Capped, final_logit_softcapping=30.0, logits_scaling=2.0)
+    head = LMHead.from_model(model)
+    assert (head.scale, head.softcap) == (0.5, 30.0)
+    assert model(input_ids=IDS).logits.abs().max() < 1, "so small that a softcap of 30 can hardly be seen"
+
+
+def test_the_probe_finds_that_a_class_does_not_do_what_its_configuration_says():
+    model = of_class(Renamed, final_logit_softcapping=30.0, logits_scaling=2.0).eval()
+    head = LMHead.from_model(model)
+    assert (head.scale, head.softcap) == (1.0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_knows_precision(dtype):
+    head = LMHead.from_model(of_class(Renamed).to(dtype).eval())
+    assert (head.scale, head.softcap) == (1, None)
+
+
+@pytest.mark.parametrize("cls", [Doubled, Masked])
+def test_a_class_that_does_more_is_refused_by_name(cls):
+    model = of_class(cls)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"{cls.__name__} is not known.*KLPenalty\.measure.*LMHead\("):
+            LMHead.from_model(model)
+
+
+@pytest.mark.parametrize("layer", [Two, Packed, lambda: nn.Sequential(nn.Linear(16, V))])
+def test_a_head_that_is_not_linear_is_refused_by_name(layer):
+    model = of_class(transformers.LlamaForCausalLM)
+    model.set_output_embeddings(layer())
+    assert model(input_ids=IDS).logits.shape == (2, 5, V)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*KLPenalty\.measure"):
+        LMHead.from_model(model)
+
+
+def test_an_encoder_decoder_is_refused():
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration is not known"):
+        LMHead.from_model(transformers.T5ForConditionalGeneration(config))
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def adapted(**changed):
+    """A Llama with an adapter that has been trained a little."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **changed)).double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype) / 3)
+    return model
+
+
+def agrees(model):
+    logits, theirs = own(model)
+    mine, found, head = read(model)
+    torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
+    for name, gradient in theirs.items():
+        if gradient is not None:
+            assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+    assert base_of(model) not in heads._probed
+    return head
+
+
+def test_lora_elsewhere_leaves_the_base_head_frozen():
+    model = adapted(target_modules=["q_proj", "v_proj"])
+    head = agrees(model)
+    assert head.weight is base_of(model).lm_head.weight
+    assert not head.weight.requires_grad
+    with model.disable_adapter():
+        assert LMHead.from_model(model).weight is head.weight
+
+
+def test_lora_on_the_head_is_refused_unless_disabled_or_merged():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    refused = pytest.raises(TypeError, match=r"LlamaForCausalLM has an adapter \(Linear\) at work on its head")
+    with refused:
+        LMHead.from_model(model)
+    with model.disable_adapter():
+        logits = model(input_ids=IDS).logits
+        with hidden_states(model) as kept:
+            model(input_ids=IDS)
+        torch.testing.assert_close(LMHead.from_model(model).logits(kept.hidden), logits, rtol=1e-12, atol=1e-12)
+    with refused:
+        LMHead.from_model(model)
+    model.merge_adapter()
+    with hidden_states(model) as kept:
+        model(input_ids=IDS)
+    logits = LMHead.from_model(model).logits(kept.hidden)
+    torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
+    with model.disable_adapter(), refused:  # the next forward would unmerge it: the weight is still the merged one
+        LMHead.from_model(model)
+
+
+def test_an_adapter_that_is_there_but_not_active_does_not_matter():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    agrees(model.double())
+
+
+def test_modules_to_save_give_the_copy_that_is_active():
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    head = agrees(model)
+    copy = base_of(model).lm_head.modules_to_save["default"].weight
+    assert head.weight is copy
+    assert head.weight.requires_grad
+    with model.disable_adapter():
+        original = LMHead.from_model(model).weight
+        with hidden_states(model) as kept:
+            model(input_ids=IDS)
+        torch.testing.assert_close(kept.hidden @ original.T, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(original, copy)
+
+
+def test_trained_tokens_in_a_tied_head_are_refused_unless_disabled():
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(tie_word_embeddings=True), config)
+    with pytest.raises(TypeError, match=r"adapter \(TrainableTokensLayer\) at work"):
+        LMHead.from_model(model)
+    with model.disable_adapter():
+        assert LMHead.from_model(model).weight is model.get_base_model().get_input_embeddings().original_module.weight
+
+
+# ---- DDP -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_process(folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_ddp(find_unused, adapter, tmp_path):
+    model = adapted(target_modules=["q_proj"]) if adapter else llama()
+    logits, theirs = own(model)
+    with one_process(tmp_path):
+        wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
+        assert base_of(wrapped) is base_of(model)
+        for _ in range(2):
+            mine, found, head = read(wrapped)
+            torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
+            for name, gradient in theirs.items():
+                if gradient is not None:
+                    assert (found[f"module.{name}"] - gradient).norm() <= 1e-10 * gradient.norm(), name
+        assert head.weight is base_of(model).lm_head.weight
+        for _ in range(2):  # a loss that leaves the head out: DDP waits for no gradient that never comes
+            with hidden_states(wrapped) as kept:
+                wrapped(input_ids=IDS)
+            kept.hidden.square().sum().backward()
+
+
+# ---- the head itself -----------------------------------------------------------------------------------------------
+
+
+def test_logits_are_the_formula():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 3, 4).double(), torch.randn(7, 4).double(), torch.randn(7).double()
+    head = LMHead(weight, bias, scale=0.5, softcap=2.0)
+    for i, j in ((0, 0), (1, 2)):
+        for v in range(7):
+            z = 0.5 * (sum(float(hidden[i, j, d] * weight[v, d]) for d in range(4)) + float(bias[v]))
+            capped = 2.0 * torch.tanh(torch.tensor(z / 2.0, dtype=torch.float64))
+            torch.testing.assert_close(head.logits(hidden)[i, j, v], capped, rtol=1e-13, atol=1e-13)
+
+
+def test_cut_and_narrow_keep_gradients_on_the_whole_weight():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(7, 4, requires_grad=True), torch.randn(7, requires_grad=True)
+    hidden, head = torch.randn(3, 4), LMHead(weight, bias, 0.5, 2.0)
+    cut = head.cut(5)
+    assert (cut.rows, cut.scale, cut.softcap) == (5, 0.5, 2.0)
+    torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :5])
+    part = head.narrow(VocabShard(2, 6, 7))
+    assert (part.rows, len(part.weight), part.shard) == (7, 4, VocabShard(2, 6, 7))
+    torch.testing.assert_close(part.logits(hidden), head.logits(hidden)[:, 2:6])
+    part.logits(hidden).sum().backward()
+    assert weight.grad[2:6].all()
+    assert not weight.grad[[0, 1, 6]].any()
+    assert bias.grad.ne(0).tolist() == [False, False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(("start", "stop", "left"), [(0, 4, (0, 4)), (4, 7, (4, 5)), (6, 7, (5, 5))])
+def test_cutting_a_part_cuts_what_lies_beyond(start, stop, left):
+    part = LMHead(torch.randn(7, 4), torch.randn(7)).narrow(VocabShard(start, stop, 7, None, True))
+    cut = part.cut(5)
+    assert cut.shard == VocabShard(*left, 5, None, True)
+    assert torch.equal(cut.weight, part.weight[: left[1] - left[0]])
+    assert len(cut.bias) == len(cut.weight)
+
+
+REFUSED = [
+    (lambda: LMHead(torch.randn(7)), r"\[V, D\], got a Tensor torch.float32 \[7\]"),
+    (lambda: LMHead(torch.zeros(7, 4, dtype=torch.int8)), "torch.int8"),
+    (lambda: LMHead(torch.randn(7, 4), torch.randn(6)), r"\[7, 4\]\) does not fit bias torch.Size\(\[6\]\)"),
+    (lambda: LMHead(torch.randn(7, 4), torch.randn(7, 1)), "does not fit"),
+    (lambda: LMHead(torch.randn(7, 4), shard=VocabShard(0, 4, 7)), "does not fit"),
+    (lambda: LMHead(torch.randn(7, 4), softcap=0.0), "softcap > 0 or None; got 1.0 and 0.0"),
+    (lambda: LMHead(torch.randn(7, 4), softcap=-1.0), "softcap"),
+    (lambda: LMHead(torch.randn(7, 4), softcap=float("nan")), "softcap"),
+    (lambda: LMHead(torch.randn(7, 4), softcap=float("inf")), "softcap"),
+    (lambda: LMHead(torch.randn(7, 4), scale=0.0), "scale"),
+    (lambda: LMHead(torch.randn(7, 4), scale=float("nan")), "scale"),
+    (lambda: LMHead(torch.randn(7, 4), scale=float("inf")), "scale"),
+    (lambda: LMHead(torch.randn(7, 4)).cut(8), "expected 1 to 7 rows, got 8"),
+    (lambda: LMHead(torch.randn(7, 4)).cut(0), "expected 1 to 7 rows, got 0"),
+    (lambda: LMHead(torch.randn(7, 4)).narrow(VocabShard(0, 4, 8)), "vocab_size=8.*got 7 rows"),
+    (lambda: LMHead(torch.randn(4, 4), shard=VocabShard(0, 4, 7)).narrow(VocabShard(0, 4, 7)), "needs a whole head"),
+    (lambda: LMHead.from_model(llama(), shard_rows=True), "the head is whole here"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED)
+def test_what_does_not_fit_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_negative_scale_is_a_scale():
+    assert LMHead(torch.ones(7, 4), scale=-1.0).logits(torch.ones(4)).tolist() == [-4.0] * 7

@@ -1,0 +1,1 @@
+"""What tests share: oracles, tiny worlds, a browser, and what several test files say in the same words."""
