@@ -1,6 +1,5 @@
-"""Statistics of a token table against loops over its rows, and that merging parts in any order changes nothing."""
+"""Statistics of a token table against loops over its rows."""
 
-import functools
 import itertools
 import json
 import math
@@ -10,37 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from support.tables import CLASSES, by, counted, mean, quantity, rows_of, stats_of, table_of
+from support.tables import CLASSES, by, counted, mean, quantity, rows_of, same, stats_of, table_of, views
 
 from klft import estimators
 from klft.diagnostics import SCHEMA, Statistics, scalars, summary_lines, visible
 from klft.diagnostics import stats as module
 from klft.diagnostics.distributions import Distribution, Tally, bin_numbers, middle, moments
 from klft.diagnostics.stats import QUADRANTS, position_bins, position_start, quadrant
-
-
-def same(a, b, rel=1e-9):
-    """Equal but for rounding, whatever the nesting."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k], rel) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y, rel) for x, y in zip(a, b, strict=True))
-    return a == pytest.approx(b, rel=rel, abs=1e-12) if isinstance(a, float) else a == b
-
-
-def views(stats):
-    """All that is read off statistics."""
-    tables = (
-        stats.by_step(),
-        stats.by_position(),
-        stats.by_token(),
-        stats.by_class(),
-        stats.by_entropy(),
-        stats.quadrants(),
-    )
-    worst = [stats.worst_tokens(name) for name in ("reverse", "forward", "nonfinite")]
-    return scalars(stats), summary_lines(stats), tables, worst, {n: d.histogram() for n, d in stats.quantities.items()}
-
 
 # --- one quantity ----------------------------------------------------------------------------------------------------
 
@@ -384,69 +359,6 @@ def test_worst_tokens_with_their_context():
 def test_equally_bad_tokens_are_in_order_of_their_place():
     stats = simple(np.ones(200), np.arange(200)[::-1] // 2, position=np.arange(200) % 2)
     assert [(r["sample_id"], r["position"]) for r in stats.worst_tokens()] == [(i // 2, i % 2) for i in range(50)]
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
-
-
-def parts():
-    """Four tables: two ranks, two steps, one of them with long texts, one without a token."""
-    made = [rows_of(12, seed=s, step=s // 2, rank=s % 2) for s in range(3)]
-    long = [row | {"position": row["position"] * 700} for row in rows_of(5, seed=9, step=4)]
-    long[9]["reverse_kl"] = math.inf
-    return [*made, long, [row for row in rows_of(2, step=5) if row["is_prompt"]]]
-
-
-def test_merging_parts_in_any_order_is_the_whole():
-    whole = stats_of([row for part in parts() for row in part])
-    pieces = [stats_of(part) for part in parts()]
-    for order in list(itertools.permutations(range(5)))[::11]:
-        ordered = [pieces[i] for i in order]
-        assert same(views(functools.reduce(Statistics.merge, ordered)), views(whole))
-    a, b, c, *_ = pieces
-    assert same(views(a.merge(b).merge(c)), views(a.merge(b.merge(c))))
-
-
-def test_merging_leaves_its_parts_alone():
-    a, b = stats_of(parts()[0]), stats_of(parts()[1])
-    before = json.dumps(a.to_dict()), json.dumps(b.to_dict())
-    a.merge(b).merge(a)
-    assert (json.dumps(a.to_dict()), json.dumps(b.to_dict())) == before
-
-
-def test_state_goes_through_json():
-    for part in parts():
-        stats = stats_of(part)
-        again = Statistics.from_dict(json.loads(json.dumps(stats.to_dict(), allow_nan=False)))
-        assert same(views(again), views(stats), 1e-14)
-        assert again.to_dict() == stats.to_dict()
-        other = stats_of(rows_of(4, seed=5, step=99))
-        assert same(views(again.merge(other)), views(stats.merge(other)))
-
-
-def test_classes_known_to_one_part_are_known_to_the_whole():
-    rows = rows_of(4)
-    blind = Statistics.of(table_of(rows_of(4, step=1, seed=1)))
-    for merged in (blind.merge(stats_of(rows)), stats_of(rows).merge(blind)):
-        shared = {row["token_id"] for row in rows}
-        assert all(("token_class" in row) == (row["token_id"] in shared) for row in merged.by_token())
-
-
-def test_a_large_table_is_read_in_parts_that_divide_no_sequence(monkeypatch):
-    rows = [row for step in range(3) for row in rows_of(20, step=step, seed=step)]
-    whole = views(stats_of(rows))
-    calls = []
-    original = Statistics._of
-    monkeypatch.setattr(Statistics, "_of", staticmethod(lambda t, *rest: calls.append(len(t)) or original(t, *rest)))
-    for size in (1, 50, 333):
-        calls.clear()
-        monkeypatch.setattr(module, "PART", size)
-        assert same(views(stats_of(rows)), whole)
-        assert len(calls) == (60 if size == 1 else pytest.approx(len(rows) / size, rel=0.5))
-        mixed = rows[::2] + rows[1::2]  # no sequence in one piece: not divided
-        calls.clear()
-        assert same(views(stats_of(mixed)), whole)
-        assert calls == [len(rows)]
 
 
 # --- numbers and lines -----------------------------------------------------------------------------------------------

@@ -6,33 +6,40 @@ of their own, as plain functions of (..., device), and nobody else's tests see i
 
 import importlib.util
 import itertools
-import math
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 
 import conftest  # noqa: F401 - also for the interpreter's process: few threads
 import pytest
 import torch
 from support import oracles
+from support.kernels import (
+    INF,
+    NAMES,
+    NAN,
+    close,
+    folded,
+    gradient_by,
+    kernels,
+    log_probabilities,
+    norm_of,
+    normal,
+    replaced,
+    several_blocks,
+    sums_by,
+    tile,
+)
 from support.oracles import two_heads, value_and_gradients
 
 from klft import fused
 from klft.fused import fused_token_loss, linear_divergence, token_scores, torch_backend
-from klft.fused.torch_backend import Norm
 from klft.heads import LMHead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 sizes = pytest.mark.parametrize("v", [1, 5, 127, 1031])
 tokens = pytest.mark.parametrize("n", [1, 3, 7])
 
-INF, NAN = math.inf, math.nan
-NAMES = ("entropy", "ref_entropy", "reverse_kl", "forward_kl")
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # a GPU's exp(x) is off by |x| roundings
 ROUNDING = {"rtol": 1e-6, "atol": 1e-6}
-EDGE = 7.5  # what stands beside a tile in its buffer
 
 
 @pytest.fixture(scope="module")
@@ -57,70 +64,8 @@ def check(request):
     return lambda f, *args: pool.submit(f, *args, "cpu").result()
 
 
-def kernels():
-    from klft.fused import triton_backend
-
-    return triton_backend
-
-
 def kernels_are_interpreted():
     return kernels().INTERPRETED
-
-
-@contextmanager
-def replaced(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def several_blocks():
-    """1031 columns are then five blocks, the last a ragged one."""
-    return replaced(kernels(), "BLOCK", 256)
-
-
-def normal(n, v, seed=0, size=3.0):
-    return size * torch.randn(n, v, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tile(values, device, more=1):
-    """fp32, as rows of a wider buffer: (the tile, a function that says whether its neighbours are untouched)."""
-    n, v = values.shape
-    buffer = torch.full((n, v + 3 + more), EDGE, device=device)
-    buffer[:, 3 : v + 3] = values.float()
-    return buffer[:, 3 : v + 3], lambda: bool((buffer[:, :3] == EDGE).all() and (buffer[:, v + 3 :] == EDGE).all())
-
-
-def log_probabilities(logits):
-    return torch.log_softmax(logits, -1)
-
-
-def close(found, truth, **tolerance):
-    torch.testing.assert_close(found.double().cpu(), truth.double().cpu(), equal_nan=True, **(tolerance or CLOSE))
-
-
-def norm_of(lse, ref_lse):
-    """Of one slice whose logits have these log-sum-exps [n], as a Norm."""
-    return Norm(*(t[None] for t in (lse, torch.exp(-lse), ref_lse, torch.exp(-ref_lse), ref_lse - lse)))
-
-
-def sums_by(backend, lp, lq, names):
-    zero = lp.new_zeros(len(lp))
-    return backend.exact_sums([lp], [lq], norm_of(zero, zero), names, None)
-
-
-def gradient_by(backend, lp, lq, a, b=None, c=None, d=None):
-    zero = lp.new_zeros(len(lp))
-    return next(backend.gradients([lp], [lq], norm_of(zero, zero), a, b, c, d, None))
-
-
-def folded(backend, z):
-    peak, total = torch.full((2, len(z)), EDGE, dtype=z.dtype, device=z.device)
-    backend.fold_(z, peak, total, None)
-    return peak, total
 
 
 # ---- fold_ -----------------------------------------------------------------------------------------------------------
@@ -510,89 +455,3 @@ def scores_and_losses(kind, special, device):
 )
 def test_scores_and_losses(check, kind, special):
     check(scores_and_losses, kind, special)
-
-
-# ---- which backend ---------------------------------------------------------------------------------------------------
-
-
-def divergence_by_triton():
-    hidden, head = torch.zeros(2, 3), LMHead(torch.zeros(5, 3))
-    return linear_divergence(hidden, head, hidden, head, backend="triton")
-
-
-def test_triton_on_a_cpu_says_what_to_do():
-    assert not kernels().INTERPRETED, "unset TRITON_INTERPRET: the tests set it where they need it"
-    with pytest.raises(ValueError, match=r"got tensors on cpu.*TRITON_INTERPRET=1"):
-        divergence_by_triton()
-    assert fused._backend("auto", torch.device("cpu")) is torch_backend
-    assert fused._backend("auto", torch.device("cuda")) is kernels()
-
-
-def test_without_triton(monkeypatch):
-    monkeypatch.delattr(fused, "triton_backend", raising=False)
-    monkeypatch.delitem(sys.modules, "klft.fused.triton_backend", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match="pip install triton"):
-        divergence_by_triton()
-    assert fused._backend("auto", torch.device("cuda")) is torch_backend
-
-
-# ---- compiled, as a GPU would have it --------------------------------------------------------------------------------
-
-FLAGS = dict.fromkeys(("ENTROPY", "REF_ENTROPY", "REVERSE", "FORWARD"), True)
-NO_REFERENCE = {"REF_ENTROPY": False, "REVERSE": False, "FORWARD": False}
-COMPILED = [
-    ("_subtract_peak", {}),
-    ("_exact_sums", FLAGS),
-    ("_exact_sums", FLAGS | NO_REFERENCE),
-    ("_gradient", {}),
-    ("_gradient", {"b": None, "c": None, "d": None}),
-]
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize(("name", "constants"), COMPILED)
-def test_compiles_for_hopper(monkeypatch, tmp_path, name, constants, narrow):
-    """For sm_90, without a GPU: 16 bytes a load where rows are aligned, no atomics. `narrow`: v = 1 is a constant."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels(), name)
-    constants = constants | {"BLOCK": kernels().BLOCK} | ({"v": 1} if narrow else {})
-    kinds = {"v": "i32", "stride": "i64", "z_stride": "i64", "y_stride": "i64"}
-    signature = {a: "constexpr" if a in constants else kinds.get(a, "*fp32") for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a not in constants}
-    source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels().WARPS})
-    assert len(made.asm["cubin"]) > 0
-    ptx = made.asm["ptx"]
-    assert "atom" not in ptx
-    assert ("ld.global.v4" in ptx) is not narrow
-
-
-# ---- at the size it is for -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@no_gpu
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "entropy"])
-def test_backends_agree_on_a_gpu(name):
-    n, d, v = 300, 256, 32_768
-    gen = torch.Generator().manual_seed(0)
-    hidden, weight, move = (torch.randn(*size, generator=gen) for size in ((n, d), (v, d), (v, d)))
-    hidden, weight, ref_weight = (
-        t.to("cuda", torch.bfloat16) for t in (hidden, 2 / d**0.5 * weight, 2 / d**0.5 * (weight + 0.1 * move))
-    )
-    results = []
-    for backend in ("triton", "torch"):
-
-        def fn(h, w):
-            return linear_divergence(h, LMHead(w), hidden, LMHead(ref_weight), divergence=name, backend=backend)  # noqa: B023
-
-        with replaced(fused, "TILE", 100 * v):
-            results.append(value_and_gradients(fn, [hidden, weight]))
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours.double() - theirs.double()).norm() <= 1e-3 * theirs.double().norm()
-    close(results[0][0], results[1][0])

@@ -1,32 +1,19 @@
 """LMHead against the logits of the models it is read off, values and gradients, and forwards that compute none."""
 
-import gc
 import inspect
 import re
-from contextlib import contextmanager
 
-import peft
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from support import tiny
+from support.heads import IDS, LLAMA_LIKE, SMALL, V, hooks_of, llama, own, read
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from klft import heads
-from klft.heads import LMHead, base_of, hidden_states
+from klft.heads import LMHead, hidden_states
 from klft.ppo.value import attach_value_head, install_hooks, with_values
 from klft.sharding import VocabShard
-
-V = 37
-IDS = torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))
-
-LLAMA_LIKE = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 32, "initializer_range": 0.3,
-}  # fmt: skip
-SMALL = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 # name -> (class, (scale, softcap) that the head must have, configuration)
 FAMILIES = {
@@ -84,41 +71,6 @@ def build(name, dtype=torch.float64):
             if p.ndim == 1:
                 p.add_(torch.randn_like(p) / 10)
     return model
-
-
-def llama(dtype=torch.float64, **changed):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SMALL | LLAMA_LIKE | changed)
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
-
-
-def gradients(model):
-    found = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def projection(logits):
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
-    return (logits * weights).sum()
-
-
-def own(model, **inputs):
-    """The model's own logits, and the gradients of a projection of them."""
-    logits = model(input_ids=IDS, **inputs).logits
-    projection(logits).backward()
-    return logits.detach(), gradients(model)
-
-
-def read(model, **inputs):
-    """The same through hidden states and the head."""
-    with hidden_states(model) as kept:
-        output = model(input_ids=IDS, **inputs)
-    assert output.logits.shape[-2] == 0, "no logits were computed"
-    head = LMHead.from_model(model)
-    logits = head.logits(kept.hidden)
-    projection(logits).backward()
-    return logits.detach(), gradients(model), head
 
 
 def assert_same_gradients(mine, theirs, tolerance=1e-10):
@@ -235,10 +187,6 @@ def test_state_values_ride_along():
 # ---- hidden_states leaves no trace ---------------------------------------------------------------------------------
 
 
-def hooks_of(model):
-    return [(m, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-
-
 def test_no_trace_is_left_and_generate_is_unchanged():
     model = llama()
     before = hooks_of(model)
@@ -269,263 +217,6 @@ def test_a_forward_that_never_comes_is_an_error():
     with pytest.raises(RuntimeError, match="no forward of LlamaForCausalLM"), hidden_states(model):
         pass
     assert hooks_of(model) == before
-
-
-# ---- classes klft does not know ------------------------------------------------------------------------------------
-
-
-class Renamed(transformers.LlamaForCausalLM):
-    """A plain head in a class of one's own."""
-
-    calls = 0
-
-    def forward(self, input_ids=None, **inputs):
-        self.calls += 1
-        assert not self.training
-        torch.rand(3)
-        return super().forward(input_ids=input_ids, **inputs)
-
-
-class Doubled(transformers.LlamaForCausalLM):
-    """Does something to the logits that no configuration mentions."""
-
-    def forward(self, *args, **inputs):
-        output = super().forward(*args, **inputs)
-        output.logits = output.logits * 1.01
-        return output
-
-
-class Capped(transformers.LlamaForCausalLM):
-    """Scale and softcap, as its configuration says."""
-
-    def forward(self, *args, **inputs):
-        output = super().forward(*args, **inputs)
-        cap = self.config.final_logit_softcapping
-        output.logits = cap * torch.tanh(output.logits / self.config.logits_scaling / cap)
-        return output
-
-
-class Masked(transformers.LlamaForCausalLM):
-    """One id can never be said."""
-
-    def forward(self, *args, **inputs):
-        output = super().forward(*args, **inputs)
-        output.logits[..., 5] = torch.finfo(output.logits.dtype).min
-        return output
-
-
-class Two(nn.Module):
-    """Not a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(16, 16)
-        self.weight = nn.Parameter(torch.randn(V, 16))
-
-    def forward(self, x):
-        return torch.relu(self.inner(x)) @ self.weight.T
-
-
-class Packed(nn.Linear):
-    """As quantised layers are: integers, and a forward of its own."""
-
-    def __init__(self):
-        super().__init__(16, V, bias=False)
-        self.weight = nn.Parameter(torch.randint(-9, 9, (V, 16), dtype=torch.int8), requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) / 9)
-
-
-def of_class(cls, **changed):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SMALL | LLAMA_LIKE | {"initializer_range": 0.02} | changed)
-    return cls(config)
-
-
-def test_an_unknown_class_is_accepted_if_its_logits_agree_on_one_probe_that_leaves_no_trace():
-    model = of_class(Renamed)
-    model.train()
-    model.model.layers[1].eval()
-    modes, state, before = [m.training for m in model.modules()], torch.get_rng_state(), hooks_of(model)
-    head = LMHead.from_model(model)
-    assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert hooks_of(model) == before
-    assert all(p.grad is None for p in model.parameters())
-    assert LMHead.from_model(model).weight is head.weight is model.lm_head.weight
-    assert model.calls == 1, "the answer is remembered"
-
-
-def test_what_the_probe_found_is_forgotten_with_the_model():
-    model = of_class(Renamed)
-    LMHead.from_model(model)
-    assert model in heads._probed
-    count = len(heads._probed)
-    del model
-    gc.collect()
-    assert len(heads._probed) < count
-
-
-def test_the_probe_finds_what_the_configuration_says_though_logits_are_small():
-    model = of_class(Capped, final_logit_softcapping=30.0, logits_scaling=2.0)
-    head = LMHead.from_model(model)
-    assert (head.scale, head.softcap) == (0.5, 30.0)
-    assert model(input_ids=IDS).logits.abs().max() < 1, "so small that a softcap of 30 can hardly be seen"
-
-
-def test_the_probe_finds_that_a_class_does_not_do_what_its_configuration_says():
-    model = of_class(Renamed, final_logit_softcapping=30.0, logits_scaling=2.0).eval()
-    head = LMHead.from_model(model)
-    assert (head.scale, head.softcap) == (1.0, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probe_knows_precision(dtype):
-    head = LMHead.from_model(of_class(Renamed).to(dtype).eval())
-    assert (head.scale, head.softcap) == (1, None)
-
-
-@pytest.mark.parametrize("cls", [Doubled, Masked])
-def test_a_class_that_does_more_is_refused_by_name(cls):
-    model = of_class(cls)
-    for _ in range(2):
-        with pytest.raises(TypeError, match=rf"{cls.__name__} is not known.*KLPenalty\.measure.*LMHead\("):
-            LMHead.from_model(model)
-
-
-@pytest.mark.parametrize("layer", [Two, Packed, lambda: nn.Sequential(nn.Linear(16, V))])
-def test_a_head_that_is_not_linear_is_refused_by_name(layer):
-    model = of_class(transformers.LlamaForCausalLM)
-    model.set_output_embeddings(layer())
-    assert model(input_ids=IDS).logits.shape == (2, 5, V)
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*KLPenalty\.measure"):
-        LMHead.from_model(model)
-
-
-def test_an_encoder_decoder_is_refused():
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(TypeError, match="T5ForConditionalGeneration is not known"):
-        LMHead.from_model(transformers.T5ForConditionalGeneration(config))
-
-
-# ---- PEFT ----------------------------------------------------------------------------------------------------------
-
-
-def adapted(**changed):
-    """A Llama with an adapter that has been trained a little."""
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **changed)).double().eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype) / 3)
-    return model
-
-
-def agrees(model):
-    logits, theirs = own(model)
-    mine, found, head = read(model)
-    torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
-    for name, gradient in theirs.items():
-        if gradient is not None:
-            assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
-    assert base_of(model) not in heads._probed
-    return head
-
-
-def test_lora_elsewhere_leaves_the_base_head_frozen():
-    model = adapted(target_modules=["q_proj", "v_proj"])
-    head = agrees(model)
-    assert head.weight is base_of(model).lm_head.weight
-    assert not head.weight.requires_grad
-    with model.disable_adapter():
-        assert LMHead.from_model(model).weight is head.weight
-
-
-def test_lora_on_the_head_is_refused_unless_disabled_or_merged():
-    model = adapted(target_modules=["q_proj", "lm_head"])
-    refused = pytest.raises(TypeError, match=r"LlamaForCausalLM has an adapter \(Linear\) at work on its head")
-    with refused:
-        LMHead.from_model(model)
-    with model.disable_adapter():
-        logits = model(input_ids=IDS).logits
-        with hidden_states(model) as kept:
-            model(input_ids=IDS)
-        torch.testing.assert_close(LMHead.from_model(model).logits(kept.hidden), logits, rtol=1e-12, atol=1e-12)
-    with refused:
-        LMHead.from_model(model)
-    model.merge_adapter()
-    with hidden_states(model) as kept:
-        model(input_ids=IDS)
-    logits = LMHead.from_model(model).logits(kept.hidden)
-    torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
-    with model.disable_adapter(), refused:  # the next forward would unmerge it: the weight is still the merged one
-        LMHead.from_model(model)
-
-
-def test_an_adapter_that_is_there_but_not_active_does_not_matter():
-    model = adapted(target_modules=["q_proj", "lm_head"])
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    model.set_adapter("other")
-    agrees(model.double())
-
-
-def test_modules_to_save_give_the_copy_that_is_active():
-    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    head = agrees(model)
-    copy = base_of(model).lm_head.modules_to_save["default"].weight
-    assert head.weight is copy
-    assert head.weight.requires_grad
-    with model.disable_adapter():
-        original = LMHead.from_model(model).weight
-        with hidden_states(model) as kept:
-            model(input_ids=IDS)
-        torch.testing.assert_close(kept.hidden @ original.T, model(input_ids=IDS).logits, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(original, copy)
-
-
-def test_trained_tokens_in_a_tied_head_are_refused_unless_disabled():
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(llama(tie_word_embeddings=True), config)
-    with pytest.raises(TypeError, match=r"adapter \(TrainableTokensLayer\) at work"):
-        LMHead.from_model(model)
-    with model.disable_adapter():
-        assert LMHead.from_model(model).weight is model.get_base_model().get_input_embeddings().original_module.weight
-
-
-# ---- DDP -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def one_process(folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("find_unused", [False, True])
-@pytest.mark.parametrize("adapter", [False, True])
-def test_ddp(find_unused, adapter, tmp_path):
-    model = adapted(target_modules=["q_proj"]) if adapter else llama()
-    logits, theirs = own(model)
-    with one_process(tmp_path):
-        wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
-        assert base_of(wrapped) is base_of(model)
-        for _ in range(2):
-            mine, found, head = read(wrapped)
-            torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
-            for name, gradient in theirs.items():
-                if gradient is not None:
-                    assert (found[f"module.{name}"] - gradient).norm() <= 1e-10 * gradient.norm(), name
-        assert head.weight is base_of(model).lm_head.weight
-        for _ in range(2):  # a loss that leaves the head out: DDP waits for no gradient that never comes
-            with hidden_states(wrapped) as kept:
-                wrapped(input_ids=IDS)
-            kept.hidden.square().sum().backward()
 
 
 # ---- the head itself -----------------------------------------------------------------------------------------------

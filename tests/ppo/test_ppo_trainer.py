@@ -1,10 +1,8 @@
-"""What PPOTrainer promises: rewards, steps, value functions, controllers, adapters, metrics, evaluation, learning."""
+"""What PPOTrainer promises: rewards, steps, the KL and its controllers, value functions, learning."""
 
 import copy
-import gc
 import itertools
 import json
-import math
 import os
 from pathlib import Path
 
@@ -12,17 +10,12 @@ import numpy as np
 import pytest
 import torch
 from support import tiny
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from klft import AdapterReference, FrozenReference
+from klft import FrozenReference
 from klft.ppo.value import value_parameters
 
 GOLDEN = Path(__file__).with_name("golden_ppo.json")
-
-
-def apart(seed=5):
-    """A reference that is not the policy."""
-    return tiny.llama(seed)
 
 
 def last_token(mask):
@@ -56,7 +49,7 @@ def test_a_row_of_rewards_is_the_score_minus_the_kl(length, penalty, tmp_path):
         return tiny.mixed(completion_ids)
 
     run = tiny.trainer(
-        tmp_path, None, reward, kind=tiny.SeenTrainer, given={"reference": apart()}, max_steps=1, lam=1.0,
+        tmp_path, None, reward, kind=tiny.SeenTrainer, given={"reference": tiny.apart()}, max_steps=1, lam=1.0,
         kl_coef=0.3, max_completion_length=length, per_device_train_batch_size=16, missing_eos_penalty=penalty,
         reward_clip=0.5,
     )  # fmt: skip
@@ -150,7 +143,7 @@ def test_eight_at_once_equals_one_eight_times(minibatches, tmp_path):
     ends = []
     for size, accumulation in ((8, 1), (2, 4), (1, 8)):
         run = tiny.trainer(
-            tmp_path / str(size), given={"reference": apart()}, max_steps=4, top_k=1, weight_decay=0.1,
+            tmp_path / str(size), given={"reference": tiny.apart()}, max_steps=4, top_k=1, weight_decay=0.1,
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_mini_batches=minibatches,
         )  # fmt: skip
         start = tiny.parameters(run.model)
@@ -234,7 +227,7 @@ def sequence_kl(policy, reference, prompt):
 @pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("exact", "both"), ("k3", "both")])
 def test_the_gradient_is_that_of_the_kl_over_sequences(estimator, placement, tmp_path):
     """No reward but the KL: the first gradient of a large batch, rescaled by what whitening divided by."""
-    policy, reference = tiny.llama().eval(), apart().eval()
+    policy, reference = tiny.llama().eval(), tiny.apart().eval()
     expected = sequence_kl(policy, reference, torch.tensor([4, 5]))
     names = [n for n, _ in policy.named_parameters()]
     truth = dict(zip(names, torch.autograd.grad(expected, policy.parameters()), strict=True))
@@ -271,7 +264,7 @@ def test_the_gradient_is_that_of_the_kl_over_sequences(estimator, placement, tmp
 )
 def test_every_offered_form_of_the_penalty_lowers_the_kl(estimator, placement, direction, tmp_path):
     run = tiny.trainer(
-        tmp_path, None, tiny.nothing, given={"reference": apart()}, max_steps=24,  kl_coef=0.5,
+        tmp_path, None, tiny.nothing, given={"reference": tiny.apart()}, max_steps=24,  kl_coef=0.5,
         kl_estimator=estimator, kl_placement=placement, kl_direction=direction, per_device_train_batch_size=32,
          learning_rate=2e-2,
     )  # fmt: skip
@@ -282,7 +275,7 @@ def test_every_offered_form_of_the_penalty_lowers_the_kl(estimator, placement, d
 
 def test_the_adaptive_controller_follows_its_rule(tmp_path):
     run = tiny.trainer(
-        tmp_path, given={"reference": apart()}, max_steps=6, num_ppo_epochs=2, logging_steps=2.0,
+        tmp_path, given={"reference": tiny.apart()}, max_steps=6, num_ppo_epochs=2, logging_steps=2.0,
         kl_controller="adaptive", kl_target=4.0, kl_horizon=20, kl_coef=0.2, per_device_train_batch_size=8,
     )  # fmt: skip
     run.train()
@@ -299,7 +292,7 @@ def test_the_adaptive_controller_follows_its_rule(tmp_path):
 
 
 def test_the_reference_never_changes_and_gets_no_gradient(tmp_path):
-    given = apart()
+    given = tiny.apart()
     before = copy.deepcopy(given.state_dict())
     run = tiny.trainer(
         tmp_path / "given", given={"reference": given}, max_steps=3, kl_estimator="exact", kl_placement="both"
@@ -346,212 +339,6 @@ def test_the_value_loss_brings_values_to_the_returns(tmp_path):
     assert losses[-1] < 0.1
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------
-
-
-def test_a_peft_run_is_its_own_reference_with_the_adapter_off(tmp_path):
-    from peft import PeftModel
-
-    base = tiny.llama()
-    initial = copy.deepcopy(base).eval()
-    gc.collect()
-    models = sum(type(o) is LlamaForCausalLM for o in gc.get_objects())
-    run = tiny.trainer(
-        tmp_path, base, given={"peft_config": tiny.lora()}, max_steps=4, save_strategy="steps", save_steps=4.0
-    )
-    gc.collect()
-    assert sum(type(o) is LlamaForCausalLM for o in gc.get_objects()) == models
-    assert isinstance(run.penalty.reference, AdapterReference)
-    assert run.penalty.reference.model is run.model
-    start = copy.deepcopy(value_parameters(run.model))
-    run.train()
-    logs = tiny.step_logs(run)
-    assert logs[0]["kl/reverse/max"] == logs[0]["kl/forward/max"] == 0.0
-    assert logs[-1]["kl/reverse/mean"] > 1e-4
-    ids = torch.tensor([[4, 5, 6, 7]])
-    with torch.no_grad():
-        assert torch.equal(run.penalty.reference(ids, torch.ones_like(ids), 4), initial(ids).logits)
-    assert tiny.unequal(start, value_parameters(run.model))
-
-    loaded = PeftModel.from_pretrained(copy.deepcopy(initial), tmp_path / "checkpoint-4").eval()
-    run.model.eval()
-    assert torch.equal(loaded(ids).logits, run.model(ids).logits)
-    assert not torch.equal(loaded(ids).logits, initial(ids).logits)
-
-
-def test_the_value_head_is_saved_with_the_adapter(tmp_path):
-    from safetensors.torch import load_file
-
-    run = tiny.trainer(tmp_path, given={"peft_config": tiny.lora()}, max_steps=2)
-    run.train()
-    run.save_model(str(tmp_path / "final"))
-    saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
-    head = {name.rsplit(".", 1)[-1]: tensor for name, tensor in saved.items() if "v_head" in name}
-    trained = {name.rsplit(".", 1)[-1]: p for name, p in run.model.named_parameters() if "v_head.modules" in name}
-    assert set(head) == set(trained) == {"weight", "bias"}
-    assert not tiny.unequal(head, trained)
-    assert head["weight"].abs().sum() > 0
-
-
-def test_a_peft_model_can_be_handed_in(tmp_path):
-    from peft import PeftModel, get_peft_model
-
-    base = tiny.llama()
-    initial = copy.deepcopy(base).eval()
-    run = tiny.trainer(tmp_path, get_peft_model(base, tiny.lora()), max_steps=3, save_strategy="steps", save_steps=3.0)
-    start = copy.deepcopy(value_parameters(run.model))
-    run.train()
-    ids = torch.tensor([[4, 5, 6, 7]])
-    with torch.no_grad():
-        assert torch.equal(run.penalty.reference(ids, torch.ones_like(ids), 4), initial(ids).logits)
-    assert tiny.unequal(start, value_parameters(run.model))
-    loaded = PeftModel.from_pretrained(copy.deepcopy(initial), tmp_path / "checkpoint-3").eval()
-    assert torch.equal(loaded(ids).logits, run.model.eval()(ids).logits)
-
-
-# ---- metrics -----------------------------------------------------------------------------------------------------
-
-ROLLOUT = {
-    *(f"kl/{d}/{s}" for d in ("reverse", "forward") for s in ("mean", "p50", "p90", "p99", "max")),
-    "kl/k1/mean", "kl/k2/mean", "kl/k3/mean", "kl/sequence/mean", "kl/top1_agree/frac", "kl/nonfinite/count",
-    "entropy/policy/mean", "entropy/reference/mean", "value/explained_variance", "reward/score/mean",
-    "reward/score/std", "reward/mixed/mean", "reward/count_w5/mean", "reward/total/mean", "completions/mean_length",
-    "completions/terminated/frac",
-}  # fmt: skip
-TRAINING = {
-    "ppo/policy_loss/mean", "ppo/value_loss/mean", "ppo/approx_kl/mean", "ppo/ratio/mean", "ppo/ratio_clipped/frac",
-    "ppo/value_clipped/frac", "ppo/early_stop", "kl/coef", "episode",
-}  # fmt: skip
-TRAINERS_OWN = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-
-
-def test_exactly_the_promised_metrics_are_logged_as_floats(tmp_path):
-    run = tiny.trainer(
-        tmp_path, None, [tiny.mixed, tiny.count_w5], given={"eval_dataset": tiny.prompts(6), "reference": apart()},
-        max_steps=2, per_device_train_batch_size=8,
-    )  # fmt: skip
-    run.train()
-    evaluated = run.evaluate()
-    for log in tiny.step_logs(run):
-        assert set(log) - TRAINERS_OWN == ROLLOUT | TRAINING
-        strange = {n: v for n, v in log.items() if n in ROLLOUT | TRAINING and type(v) is not float}
-        assert not strange
-        assert all(math.isfinite(v) for v in log.values())
-    speed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch"}
-    assert set(evaluated) - speed == {f"eval_{name}" for name in ROLLOUT}
-    assert all(type(evaluated[f"eval_{n}"]) is float and math.isfinite(evaluated[f"eval_{n}"]) for n in ROLLOUT)
-
-
-def test_metrics_are_those_of_the_real_tokens(tmp_path):
-    """The second rollout's, from the two models and numpy alone, one unpadded sequence at a time."""
-    recorder = tiny.Recorder()
-    run = tiny.trainer(
-        tmp_path, kind=tiny.SeenTrainer, given={"reference": apart(), "callbacks": [recorder]}, max_steps=2,
-        per_device_train_batch_size=16, max_completion_length=12, temperature=1.4, learning_rate=3e-2, lam=1.0,
-        kl_coef=0.3,
-    )  # fmt: skip
-    run.train()
-    policy, reference = tiny.llama().eval(), apart().eval()
-    policy.load_state_dict({n: t for n, t in recorder.parameters[0].items() if n in policy.state_dict()}, strict=False)
-    micro = run.seen[1][0]
-    columns = {n: [] for n in ("reverse", "forward", "k1", "entropy", "ref_entropy", "agree", "sequence", "value")}
-    for i in range(16):
-        prompt, said = micro.prompt_ids[i][micro.prompt_mask[i]], micro.completion_ids[i][micro.mask[i]]
-        ids = torch.cat([prompt, said])[None]
-        with torch.no_grad():
-            lp, lq = (
-                (m(ids).logits[0, len(prompt) - 1 : -1].double() / 1.4).log_softmax(-1).numpy()
-                for m in (policy, reference)
-            )
-        reverse = (np.exp(lp) * (lp - lq)).sum(-1)
-        columns["reverse"] += reverse.tolist()
-        columns["forward"] += (np.exp(lq) * (lq - lp)).sum(-1).tolist()
-        columns["k1"] += (lp - lq)[np.arange(len(said)), said.numpy()].tolist()
-        columns["entropy"] += (-(np.exp(lp) * lp).sum(-1)).tolist()
-        columns["ref_entropy"] += (-(np.exp(lq) * lq).sum(-1)).tolist()
-        columns["agree"] += (lp.argmax(-1) == lq.argmax(-1)).tolist()
-        columns["sequence"].append(reverse.sum())
-    k1 = np.array(columns["k1"])
-    said = [ids[real].tolist() for ids, real in zip(micro.completion_ids, micro.mask, strict=True)]
-    scores = np.array(tiny.mixed(said))
-    returns, values = (t[micro.mask].double().numpy() for t in (micro.returns, micro.values))
-    expected = {
-        "kl/k1/mean": k1.mean(),
-        "kl/k2/mean": (k1**2 / 2).mean(),
-        "kl/k3/mean": (np.exp(-k1) - 1 + k1).mean(),
-        "kl/sequence/mean": np.mean(columns["sequence"]),
-        "kl/top1_agree/frac": np.mean(columns["agree"]),
-        "entropy/policy/mean": np.mean(columns["entropy"]),
-        "entropy/reference/mean": np.mean(columns["ref_entropy"]),
-        "reward/score/mean": scores.mean(),
-        "reward/score/std": scores.std(),
-        "reward/mixed/mean": scores.mean(),
-        "reward/total/mean": (scores.sum() - 0.3 * k1.sum()) / 16,
-        "completions/mean_length": np.mean([len(s) for s in said]),
-        "completions/terminated/frac": np.mean([s[-1] == tiny.EOS for s in said]),
-        "value/explained_variance": 1 - (returns - values).var() / returns.var(),
-        "ppo/ratio/mean": 1.0,
-        "episode": 32.0,
-    }
-    for direction in ("reverse", "forward"):
-        kl = np.array(columns[direction])
-        expected |= {f"kl/{direction}/mean": kl.mean(), f"kl/{direction}/max": kl.max()}
-        for percent in (50, 90, 99):
-            expected[f"kl/{direction}/p{percent}"] = np.percentile(kl, percent, method="nearest")
-    log = tiny.step_logs(run)[1]
-    assert {n: log[n] for n in expected} == pytest.approx(expected, rel=2e-4, abs=1e-5)
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------------
-
-
-def by_number(number, **_):
-    return [float(i) for i in number]
-
-
-@pytest.mark.parametrize("count", [1, 4, 10])
-def test_each_evaluation_sample_counts_once(count, tmp_path):
-    data, held_out = tiny.prompts(16, number=[0] * 16), tiny.prompts(count, number=[3**i for i in range(count)])
-    run = tiny.trainer(tmp_path, None, by_number, data, given={"eval_dataset": held_out}, max_steps=1)
-    expected = sum(3**i for i in range(count)) / count
-    for _ in range(2):
-        assert run.evaluate()["eval_reward/score/mean"] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("on_start", [False, True])
-def test_evaluating_changes_nothing_in_training(on_start, tmp_path):
-    ends, logs, randoms = [], [], []
-    for evaluates in (False, True):
-        extra = {"eval_strategy": "steps", "eval_steps": 1.0, "eval_on_start": on_start} if evaluates else {}
-        run = tiny.trainer(
-            tmp_path / str(evaluates), given={"eval_dataset": tiny.prompts(6)}, max_steps=5, num_ppo_epochs=2,
-            normalize_scores=True, kl_controller="adaptive", kl_target=0.1, kl_horizon=100, **extra,
-        )  # fmt: skip
-        run.train()
-        ends.append(tiny.parameters(run.model))
-        logs.append(tiny.step_logs(run))
-        randoms.append(torch.get_rng_state())
-        evaluations = [e for e in run.state.log_history if "eval_kl/reverse/mean" in e]
-        assert len(evaluations) == (5 + on_start if evaluates else 0)
-    assert not tiny.unequal(*ends)
-    assert logs[0] == logs[1]
-    assert torch.equal(*randoms)
-
-
-def test_what_a_reward_function_logs_in_evaluation_stays_out_of_training(tmp_path):
-    def reward(prompts, completions, held_out, log_metric, **_):
-        log_metric("held_out", sum(held_out) / len(held_out))
-        return [0.0] * len(completions)
-
-    run = tiny.trainer(
-        tmp_path, None, reward, tiny.prompts(16, held_out=[0.0] * 16),
-        given={"eval_dataset": tiny.prompts(4, held_out=[1.0] * 4)}, max_steps=3, eval_strategy="steps",
-        eval_steps=1.0,
-    )  # fmt: skip
-    run.train()
-    assert [log["held_out"] for log in tiny.step_logs(run)] == [0.0, 0.0, 0.0]
-
-
 # ---- learning ----------------------------------------------------------------------------------------------------
 
 
@@ -592,13 +379,3 @@ def test_twenty_steps_give_the_losses_they_always_gave(tmp_path):
     assert len(found) == len(golden["steps"]) == 20
     for step, (mine, theirs) in enumerate(zip(found, golden["steps"], strict=True)):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5), f"step {step}"
-
-
-def test_an_adapter_is_drawn_from_the_seed(tmp_path):
-    made = []
-    for name in ("first", "second"):
-        torch.manual_seed(len(made))  # whatever was drawn before must not matter
-        run = tiny.trainer(tmp_path / name, given={"peft_config": tiny.lora()})
-        made.append({n: p.detach().clone() for n, p in run.model.named_parameters() if "lora_A" in n})
-    assert made[0]
-    assert not tiny.unequal(*made)

@@ -1,6 +1,10 @@
-"""Every divergence with the parameters it is tested at, and the plain formulas in the input's own precision."""
+"""Every divergence with the parameters it is tested at, logits to test it on, and the plain formulas."""
 
+import pytest
 import torch
+
+import klft
+from support import oracles
 
 # name, parameters: every divergence, the parametric ones at an inner and at an awkward value.
 ROWS = [
@@ -19,6 +23,23 @@ ROWS = [
     ("renyi_divergence", (0.5,)),
     ("renyi_divergence", (2.0,)),
 ]
+every_row = pytest.mark.parametrize(("name", "params"), ROWS, ids=[f"{n}{list(p) or ''}" for n, p in ROWS])
+every_spread = pytest.mark.parametrize("spread", [1e-5, 1e-2, 1.0, 8.0])
+
+
+def ours(name):
+    return getattr(klft, name)
+
+
+def logits_pair(*shape, spread=1.0, seed=0, dtype=torch.float64):
+    gen = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(*shape, generator=gen, dtype=torch.float64)
+    ref = logits + spread * torch.randn(*shape, generator=gen, dtype=torch.float64)
+    return logits.to(dtype), ref.to(dtype)
+
+
+def run(name, params, logits, ref, weight=None):
+    return oracles.value_and_gradient(ours(name), logits, ref, *params, weight=weight)
 
 
 def naive(name, logits, ref, *params):

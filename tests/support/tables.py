@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from klft.diagnostics import SCHEMA, Metadata, Statistics
+from klft.diagnostics import SCHEMA, Metadata, Statistics, scalars, summary_lines
 
 VOCABULARY = 40
 CLASSES = {i: ("word start", "digit", "special")[i % 3] for i in range(VOCABULARY)}
@@ -67,3 +68,26 @@ def quantity(rows, name):
         "k3": lambda: [math.exp(-x) - 1 + x for x in log_ratio],
         "sampling_gap": lambda: [x - row["reverse_kl"] for x, row in zip(log_ratio, rows, strict=True)],
     }.get(name, lambda: [row[name] for row in rows])()
+
+
+def same(a, b, rel=1e-9):
+    """Equal but for rounding, whatever the nesting."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], rel) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, rel) for x, y in zip(a, b, strict=True))
+    return a == pytest.approx(b, rel=rel, abs=1e-12) if isinstance(a, float) else a == b
+
+
+def views(stats):
+    """All that is read off statistics."""
+    tables = (
+        stats.by_step(),
+        stats.by_position(),
+        stats.by_token(),
+        stats.by_class(),
+        stats.by_entropy(),
+        stats.quadrants(),
+    )
+    worst = [stats.worst_tokens(name) for name in ("reverse", "forward", "nonfinite")]
+    return scalars(stats), summary_lines(stats), tables, worst, {n: d.histogram() for n, d in stats.quantities.items()}
