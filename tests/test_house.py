@@ -1,4 +1,4 @@
-"""The house: who may import whom, how long a module may be, and what `import klft` loads."""
+"""The house: who may import whom, tests too, how long a module may be, and what `import klft` loads."""
 
 import ast
 import subprocess
@@ -264,6 +264,40 @@ def test_a_sound_tree_is_not(tmp_path, where, text):
     assert violations(tmp_path) == []
 
 
+def borrowings(tests):
+    """Imports of one test file by another, as "file:line: module": what they share belongs in support."""
+    return [
+        f"{path.relative_to(tests)}:{line}: {name}"
+        for path in sources(tests)
+        for name, line, _ in imports(path)
+        if any(part.startswith("test_") for part in name.split("."))
+    ]
+
+
+def test_no_test_file_imports_another():
+    assert borrowings(ROOT / "tests") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from test_b import helper",
+        "import test_b as b",
+        "from fused import test_b",
+        "from tests.fused.test_b import helper",
+        "def test_x():\n    import test_b",
+        "from importlib import import_module\nimport_module('test_b')",
+    ],
+)
+def test_a_test_file_that_imports_another_is_reported(tmp_path, text):
+    for name, content in (("fused/test_a.py", text), ("test_b.py", "from support.fused import weights")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    (found,) = borrowings(tmp_path)
+    assert found.startswith("fused/test_a.py:")
+    assert "test_b" in found
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,10 +348,10 @@ def test_the_whole_house_stays_small():
     assert 0 < sum(sizes(ROOT / "klft").values()) < TOTAL_CEILING
 
 
-def long_pieces(package):
+def long_pieces(folder):
     """Files of 500 lines and more, functions of 60 lines and more."""
     found = []
-    for path in sources(package):
+    for path in sources(folder):
         text = path.read_text()
         if text.count("\n") >= 500:
             found.append(f"{path.name}: {text.count(chr(10))} lines")
@@ -328,7 +362,7 @@ def long_pieces(package):
 
 
 def test_files_and_functions_are_short():
-    assert long_pieces(ROOT / "klft") == []
+    assert long_pieces(ROOT / "klft") + long_pieces(ROOT / "tests") == []
 
 
 def test_long_pieces_are_reported(tmp_path):
