@@ -32,7 +32,7 @@ def recipe():
 def rows(recipe, tmp_path_factory):
     """What the recipe publishes, unrounded: {"fits": {...}, "zones": {...}, "words": {...}}."""
     found, publish = {}, recipe.publish
-    recipe.publish = lambda folder, name, *rest: (found.update({name: rest[-1]}), publish(folder, name, *rest))
+    recipe.publish = lambda *places, **given: (found.update({given["name"]: given["rows"]}), publish(*places, **given))
     folder = tmp_path_factory.mktemp("pictures")
     recipe.on_an_axis(folder, 561, 200)
     recipe.on_words(folder, 200)
