@@ -1,10 +1,11 @@
-"""A small world to train in, made on the spot: product reviews, a model that writes them, a model that scores them.
+"""Product reviews as a small world to train in: the texts, a model that writes them, and a model that scores them.
 
     python recipes/reviews.py --output_dir DIR [--config recipes/reviews.yaml]
 
 DIR gets reviews.jsonl, reference/ (Llama, BPE), reward_model/ (ModernBERT, WordPiece: negative, mixed, positive) and
 prompts_{train,test}.jsonl, beginnings of held-out reviews that do not say yet if the review is good; `ensure_world()`
-caches it. Two CPU cores, 2026-11-22: perplexity 2.4 per token, accuracy 0.98 to 1, mean P(positive) 0.3, 110 CPU s."""
+caches it. Two CPU cores, 2026-11-22: perplexity 2.4 per token, accuracy 0.98 to 1, mean P(positive) 0.3, 110 CPU s.
+"""
 
 import hashlib
 import json
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import transformers as hf
 from filelock import FileLock
@@ -26,15 +28,16 @@ from rich import print
 from trl import TrlParser
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-WRITER = (hf.GPT2Tokenizer, hf.AutoModelForCausalLM, lambda t: hf.DataCollatorForLanguageModeling(t, mlm=False))
-JUDGE = (hf.BertTokenizer, hf.AutoModelForSequenceClassification, hf.DataCollatorWithPadding)
-LABELS = {frozenset({"good"}): "positive", frozenset({"bad"}): "negative"}  # by the leanings of a text; else "mixed"
+# Classes of transformers. The tokenizers come without a vocabulary: they learn one from the texts.
+LANGUAGE_MODEL = {"tokenizer_class": hf.GPT2Tokenizer, "model_class": hf.AutoModelForCausalLM}
+CLASSIFIER = {"tokenizer_class": hf.BertTokenizer, "model_class": hf.AutoModelForSequenceClassification}
+# Environment variables of torchrun and accelerate, by which a process takes itself for one of several ranks.
 LAUNCHER = re.compile(r"(ACCELERATE|TORCHELASTIC|FSDP|MASTER|ROLE|GROUP)_|(LOCAL_)?(RANK|WORLD_SIZE)$|OMP_NUM_THREADS")
 
 
 @dataclass
 class Settings:
-    """What reviews.yaml holds, and where the world goes."""
+    """Fields of reviews.yaml, and the folder to write the world to."""
 
     output_dir: str
     sizes: dict
@@ -44,31 +47,56 @@ class Settings:
     grammar: dict
 
 
-def expand(rule: str, rules: dict, aspects: list, rng: random.Random, lean: str = "") -> list[tuple[str, str]]:
-    """One random text of a rule, as pieces (text, lean); lean is "good", "bad", "mixed" or "" for neutral text."""
-    mark, pieces = rule.partition("_")[0], []
-    lean = mark if mark in ("good", "bad", "mixed") else lean
-    for index, part in enumerate(re.split(r"\{(\w+)\}", rng.choice(rules[rule]))):
-        if index % 2 and part == "aspect":
+class Piece(NamedTuple):
+    """Part of a review, and its lean: "good", "bad", "mixed", or "" for neutral text."""
+
+    text: str
+    lean: str
+
+
+def expand(rule: str, rules: dict, aspects: list, rng: random.Random, lean: str = "") -> list[Piece]:
+    """One random text of a rule, as pieces. Aspects that it names are taken off the list, and become rules."""
+    # A rule named good_close says which way its text leans, and that of all rules inside it.
+    prefix = rule.partition("_")[0]
+    if prefix in ("good", "bad", "mixed"):
+        lean = prefix
+
+    # "The {aspect} {good}." splits into texts and, at the odd places, names of rules: "The ", aspect, " ", good, ".".
+    pieces = []
+    for index, text_or_rule in enumerate(re.split(r"\{(\w+)\}", rng.choice(rules[rule]))):
+        if index % 2 == 0:
+            pieces.append(Piece(text_or_rule, lean))
+            continue
+        if text_or_rule == "aspect":
+            # A new aspect is named, so {good} and {bad} from here on are what can be said of its kind.
             name, kind = aspects.pop()
-            rules |= {"aspect": [name], "good": rules[f"good_{kind}"], "bad": rules[f"bad_{kind}"]}
-        pieces += expand(part, rules, aspects, rng, lean) if index % 2 else [(part, lean)]
+            rules.update({"aspect": [name], "good": rules[f"good_{kind}"], "bad": rules[f"bad_{kind}"]})
+        pieces += expand(text_or_rule, rules=rules, aspects=aspects, rng=rng, lean=lean)
     return pieces
 
 
 def write_reviews(grammar: dict, sizes: dict, rng: random.Random) -> list[dict]:
-    """Distinct reviews, of text, label, product, split, and pieces: (text, lean), adjacent ones of one lean joined."""
+    """Distinct reviews, each with text, label, product, split and pieces (adjacent ones of one lean are joined)."""
     reviews = {}
     while len(reviews) < sizes["train"] + sizes["held_out"]:
         family, label = rng.choice(grammar["products"]), rng.choice(grammar["labels"])
-        product, aspects = rng.choice(family["names"]), list((family["aspects"] | grammar["common_aspects"]).items())
+        product = rng.choice(family["names"])
+        aspects = list((family["aspects"] | grammar["common_aspects"]).items())
         rng.shuffle(aspects)
-        drawn = expand(label, grammar["rules"] | {"product": [product]}, aspects, rng)
-        case = str.lower if rng.random() < grammar["lower_case"] else str
-        pieces = [(case("".join(t for t, _ in group)), lean) for lean, group in groupby(drawn, lambda piece: piece[1])]
-        review = {"text": "".join(text for text, _ in pieces), "label": label, "product": product, "pieces": pieces}
-        review["split"] = "train" if len(reviews) < sizes["train"] else "held_out"
-        reviews.setdefault(review["text"], review)
+        rules = grammar["rules"] | {"product": [product]}
+        expanded = expand(label, rules=rules, aspects=aspects, rng=rng)
+
+        # Some people never use capitals.
+        change_case = str.lower if rng.random() < grammar["lower_case"] else str
+        pieces = []
+        for lean, neighbours in groupby(expanded, key=lambda piece: piece.lean):
+            pieces.append(Piece(change_case("".join(piece.text for piece in neighbours)), lean))
+
+        # A text that was drawn before is dropped, so that no held-out review is among those for training.
+        text = "".join(piece.text for piece in pieces)
+        split = "train" if len(reviews) < sizes["train"] else "held_out"
+        review = {"text": text, "label": label, "product": product, "pieces": pieces, "split": split}
+        reviews.setdefault(text, review)
     return list(reviews.values())
 
 
@@ -76,75 +104,147 @@ def write_prompts(reviews: list[dict], sizes: dict, rng: random.Random) -> list[
     """Different beginnings of 4 to 8 words, all of held-out reviews, that stop before the first text that leans."""
     prompts = {}
     for review in reviews:
-        words = [] if review["pieces"][0][1] else review["pieces"][0][0].split()
-        if len(words) >= 4 and review["split"] == "held_out":
-            prompt = " ".join(words[: rng.randint(4, min(8, len(words)))])
+        first = review["pieces"][0]
+        neutral_words = [] if first.lean else first.text.split()
+        if len(neutral_words) >= 4 and review["split"] == "held_out":
+            length = rng.randint(4, min(8, len(neutral_words)))
+            prompt = " ".join(neutral_words[:length])
             prompts[prompt] = {"prompt": prompt, "product": review["product"]}
     return rng.sample(list(prompts.values()), sizes["train_prompts"] + sizes["test_prompts"])
 
 
-def fit(kinds: tuple, rows: list[dict], part: dict, training: dict, folder: Path) -> float:
-    """Learns a vocabulary, trains with transformers.Trainer as it comes, and saves; the loss on held-out rows."""
-    (blank, auto, collator), data = kinds, {"train": [], "held_out": []}
-    texts = (row["text"] for row in rows if row["split"] == "train")
-    tokenizer = blank(**part["tokenizer"]).train_new_from_iterator(texts, part["vocab_size"], show_progress=False)
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
-    model = auto.from_config(hf.AutoConfig.for_model(vocab_size=len(tokenizer), **ids, **part["config"]))
-    for row in rows:  # <eos> ends the language model's texts; nothing stands in front, in prompts neither
-        encoded = tokenizer(row["text"] + (tokenizer.eos_token or ""))
-        data[row["split"]].append({**encoded, **{key: row[key] for key in row if key == "labels"}})
-    args = hf.TrainingArguments(str(folder), **training, **part["training"])
-    trainer = hf.Trainer(model, args, collator(tokenizer), *data.values(), tokenizer)  # pyright: ignore
+def label_of(pieces: list[Piece]) -> str:
+    """Sentiment of a text: mixed, unless all that leans in it leans the same way."""
+    leans = {piece.lean for piece in pieces} - {""}
+    if leans == {"good"}:
+        return "positive"
+    return "negative" if leans == {"bad"} else "mixed"
+
+
+def labelled_texts(reviews: list[dict], label_ids: dict, rng: random.Random) -> list[dict]:
+    """Training texts of the reward model: of every review the whole, a beginning, and that beginning ended otherwise.
+
+    A policy's completions are cut short and may change sides halfway; the reward model has to have seen such texts.
+    """
+    texts = []
+    for review, other in zip(reviews, rng.sample(reviews, len(reviews)), strict=True):
+        pieces = review["pieces"]
+        beginning = pieces[: rng.randint(1, len(pieces))]
+        crossed = beginning + other["pieces"][len(beginning) :]
+        for variant in (pieces, beginning, crossed):
+            text, label_id = "".join(piece.text for piece in variant), label_ids[label_of(variant)]
+            texts.append({"text": text, "split": review["split"], "labels": label_id})
+    return texts
+
+
+def train_model(
+    samples: list[dict], folder: Path, *, tokenizer_class: Any, model_class: Any, settings: dict, training: dict
+) -> float:
+    """Train tokenizer and model from nothing on samples (text, split; a classifier's have labels), and save them.
+
+    `training` is what both models share, `settings` is of this one. Returns the loss on held-out samples.
+    """
+    # The vocabulary comes from the training texts only.
+    empty_tokenizer = tokenizer_class(**settings["tokenizer"])
+    texts = (sample["text"] for sample in samples if sample["split"] == "train")
+    tokenizer = empty_tokenizer.train_new_from_iterator(texts, settings["vocab_size"], show_progress=False)
+
+    # A model with random weights, which knows pad, bos and eos by the ids that this vocabulary gave them.
+    special = tokenizer.special_tokens_map
+    special_ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
+    config = hf.AutoConfig.for_model(vocab_size=len(tokenizer), **special_ids, **settings["config"])
+    model = model_class.from_config(config)
+
+    # <eos> ends the language model's texts (the classifier's tokenizer has none); nothing stands in front of a text,
+    # as nothing does in front of a prompt.
+    datasets = {"train": [], "held_out": []}
+    for sample in samples:
+        encoded = dict(tokenizer(sample["text"] + (tokenizer.eos_token or "")))
+        if "labels" in sample:
+            encoded["labels"] = sample["labels"]
+        datasets[sample["split"]].append(encoded)
+    collator: Any = hf.DataCollatorWithPadding(tokenizer)
+    if "labels" not in samples[0]:
+        collator = hf.DataCollatorForLanguageModeling(tokenizer, mlm=False)  # labels: the text's own tokens
+
+    trainer = hf.Trainer(
+        model=model,
+        args=hf.TrainingArguments(output_dir=str(folder), **training, **settings["training"]),
+        data_collator=collator,
+        train_dataset=datasets["train"],  # pyright: ignore[reportArgumentType]
+        eval_dataset=datasets["held_out"],  # pyright: ignore[reportArgumentType]
+        processing_class=tokenizer,
+    )
     trainer.train()
     trainer.save_model()
     return trainer.evaluate()["eval_loss"]
 
 
-def build(settings: Settings) -> None:
-    """Writes the world into `output_dir`, a new folder, and prints a summary."""
-    world, sizes, rng = Path(settings.output_dir), settings.sizes, random.Random(settings.training["seed"])
+def print_summary(world: Path, reviews: list[dict], prompts: list[str], loss: float) -> None:
+    """Print how good both models are, and a few continuations of test prompts with their P(positive)."""
+    writer: Any = hf.pipeline("text-generation", str(world / "reference"), do_sample=True, top_k=0, batch_size=50)
+    scorer: Any = hf.pipeline("text-classification", str(world / "reward_model"), top_k=None)
+
+    # top_k=None gives the scores of all labels, the likeliest first.
+    texts = [outputs[0]["generated_text"] for outputs in writer(prompts, max_new_tokens=32)]
+    positive = [{score["label"]: score["score"] for score in scores}["positive"] for scores in scorer(texts)]
+
+    held_out = reviews[-500:]  # held out with the sizes of reviews.yaml
+    verdicts = scorer([review["text"] for review in held_out])
+    correct = [scores[0]["label"] == review["label"] for scores, review in zip(verdicts, held_out, strict=True)]
+
+    print(f"reference: {writer.model.num_parameters()} parameters, held-out perplexity {math.exp(loss):.2f} per token")
+    print(
+        f"reward model: {scorer.model.num_parameters()} parameters, held-out accuracy {sum(correct) / len(correct):.3f}"
+    )
+    mean_positive = sum(positive) / len(positive)
+    print(f"{len(reviews)} reviews; {len(texts)} continuations, mean P(positive) {mean_positive:.2f}, such as:")
+    for probability, text in list(zip(positive, texts, strict=True))[:3]:
+        print(f"  {probability:.2f}  {text}")
+
+
+def build_world(settings: Settings) -> None:
+    """Write the world into `output_dir`, a new folder, and print a summary."""
+    world, sizes, seed = Path(settings.output_dir), settings.sizes, settings.training["seed"]
     world.mkdir(parents=True)
-    hf.set_seed(settings.training["seed"])
-    reviews = write_reviews(settings.grammar, sizes, rng)
-    prompts = write_prompts(reviews, sizes, rng)
+    rng = random.Random(seed)  # of the texts
+    hf.set_seed(seed)  # of the models
+    reviews = write_reviews(settings.grammar, sizes, rng=rng)
+    prompts = write_prompts(reviews, sizes, rng=rng)
     train, test = prompts[: sizes["train_prompts"]], prompts[sizes["train_prompts"] :]
     for name, rows in {"reviews": reviews, "prompts_train": train, "prompts_test": test}.items():
         (world / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    parts, number = [], settings.reward_model["config"]["label2id"]
-    for review, other in zip(reviews, rng.sample(reviews, len(reviews)), strict=True):  # whole, cut short, or crossed
-        start = review["pieces"][: rng.randint(1, len(review["pieces"]))]
-        for pieces in (review["pieces"], start, start + other["pieces"][len(start) :]):
-            label = number[LABELS.get(frozenset(lean for _, lean in pieces) - {""}, "mixed")]
-            parts.append({"text": "".join(t for t, _ in pieces), "split": review["split"], "labels": label})
-    loss = fit(WRITER, reviews, settings.reference, settings.training, world / "reference")
-    fit(JUDGE, parts, settings.reward_model, settings.training, world / "reward_model")
-    write = hf.pipeline("text-generation", str(world / "reference"), do_sample=True, top_k=0, batch_size=50)
-    score = hf.pipeline("text-classification", str(world / "reward_model"), top_k=None)
-    texts = [out[0]["generated_text"] for out in write([row["prompt"] for row in test], max_new_tokens=32)]
-    good = [sum(each["score"] for each in out if each["label"] == "positive") for out in score(texts)]  # pyright: ignore
-    judged: list = score([review["text"] for review in reviews[-500:]])
-    right = [out[0]["label"] == review["label"] for out, review in zip(judged, reviews[-500:], strict=True)]
-    print(f"reference: {write.model.num_parameters()} parameters, held-out perplexity {math.exp(loss):.2f} per token")
-    print(f"reward model: {score.model.num_parameters()} parameters, held-out accuracy {sum(right) / len(right):.3f}")
-    print(f"{len(reviews)} reviews; {len(test)} continuations, mean P(positive) {sum(good) / len(good):.2f}, such as:")
-    print(*(f"  {p:.2f}  {text}" for p, text in zip(good[:3], texts, strict=False)), sep="\n")
+
+    # A language model of whole reviews; a classifier of reviews, beginnings and crossed ones.
+    texts = labelled_texts(reviews, settings.reward_model["config"]["label2id"], rng=rng)
+    common = settings.training
+    loss = train_model(reviews, world / "reference", settings=settings.reference, training=common, **LANGUAGE_MODEL)
+    train_model(texts, world / "reward_model", settings=settings.reward_model, training=common, **CLASSIFIER)
+    print_summary(world, reviews, prompts=[row["prompt"] for row in test], loss=loss)
 
 
 def ensure_world(cache_dir: Path | None = None, config: Path = CONFIG) -> Path:
     """The folder of the world that `config` describes: built by the first call, found in the cache by later ones."""
+    # Whatever changes the world changes its name: this file, the settings, the libraries that train.
     cache = Path(cache_dir or os.environ.get("KLFT_CACHE") or Path.home() / ".cache" / "klft")
-    parts = Path(__file__).read_text(), Path(config).read_text(), *map(version, ("torch", "transformers", "tokenizers"))
-    world = cache / f"reviews-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:12]}"
+    versions = [version(library) for library in ("torch", "transformers", "tokenizers")]
+    key = hashlib.sha256("".join([Path(__file__).read_text(), Path(config).read_text(), *versions]).encode())
+    world = cache / f"reviews-{key.hexdigest()[:12]}"
+
+    # One process builds, the others wait at the lock. A build that is interrupted leaves nothing under the name.
     with FileLock(f"{world}.lock"), TemporaryDirectory(dir=cache) as temporary:
-        if not world.exists():  # in a process of its own: with several ranks, a Trainer in one waits for the others
-            env = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
+        if not world.exists():
             print(f"Making the reviews' world, once (a minute or two): {world}", flush=True)
+            # In a process of its own that knows of no ranks: a Trainer in one of several would wait for the others.
+            environment = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait give their core to the processes that wait
             command = [sys.executable, __file__, "--output_dir", f"{temporary}/world", "--config", str(config)]
-            subprocess.run(command, env=env | {"OMP_WAIT_POLICY": "PASSIVE"}, check=True)
+            subprocess.run(command, env=environment, check=True)
             os.replace(f"{temporary}/world", world)
     return world
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else [*sys.argv[1:], "--config", str(CONFIG)]
-    build(TrlParser(Settings).parse_args_and_config(arguments)[0])  # pyright: ignore[reportArgumentType]
+    (settings,) = TrlParser(Settings).parse_args_and_config(arguments)  # pyright: ignore[reportArgumentType]
+    build_world(settings)
