@@ -1,4 +1,4 @@
-"""How far are two language models apart? Exact KL of every token of your texts, both ways, on one process or many.
+"""Exact KL of every token of your texts between two language models, both ways, on one process or many.
 
     python recipes/measure_kl.py --config recipes/measure_kl.yaml --model POLICY --reference REF --texts FILE
     accelerate launch --config_file accelerate_config.yaml recipes/measure_kl.py --config recipes/measure_kl.yaml ...
@@ -13,10 +13,12 @@ figures from one process (11 s) and from two (15 s, most of it loading).
 """
 
 import functools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -37,7 +39,7 @@ from klft.diagnostics.terminal import summary_table, worst_table
 
 @dataclass
 class Settings:
-    """What measure_kl.yaml holds."""
+    """Fields of measure_kl.yaml."""
 
     model: str | None = None
     reference: str | None = None
@@ -57,18 +59,37 @@ class Settings:
     smoke: bool = False
 
 
+@dataclass
+class Comparison:
+    """The two models, their tokenizer, and the texts that this process scores."""
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    texts: Encoded
+
+
 def make_smoke(folder: Path) -> dict[str, str]:
     """Two tiny models and texts to compare them on; every process makes the same ones for itself."""
+    # 200 reviews, one per line.
     grammar = yaml.safe_load(CONFIG.read_text())["grammar"]
-    texts = [review["text"] for review in write_reviews(grammar, {"train": 200, "held_out": 0}, random.Random(0))]
+    reviews = write_reviews(grammar, {"train": 200, "held_out": 0}, rng=random.Random(0))
+    texts = [review["text"] for review in reviews]
     (folder / "reviews.txt").write_text("\n".join(" ".join(text.split()) for text in texts))
+
     tokenizer = GPT2Tokenizer(pad_token="<pad>").train_new_from_iterator(texts, 500, show_progress=False)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,  # ten times the usual: an untrained model that is not nearly uniform
+    )
     model = LlamaForCausalLM(config)
+
+    # The reference is saved as it was drawn; noise on all weights then makes the policy of it.
     for name in ("reference", "policy"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -77,8 +98,8 @@ def make_smoke(folder: Path) -> dict[str, str]:
     return {"model": f"{folder}/policy", "reference": f"{folder}/reference", "texts": f"{folder}/reviews.txt"}
 
 
-def prepare(settings: Settings, state: PartialState) -> tuple:
-    """(models and tokenizer, this process's share of the texts). What can be wrong with the settings ends here."""
+def check_settings(settings: Settings, state: PartialState) -> None:
+    """Raise ValueError for what cannot work, before anything takes time."""
     if settings.processes not in (None, state.num_processes):
         way_out = "Launch as the second line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {settings.processes} process(es), got {state.num_processes}. {way_out}")
@@ -86,40 +107,80 @@ def prepare(settings: Settings, state: PartialState) -> tuple:
         raise ValueError("name a model, and one of texts and dataset; or say --smoke")
     if settings.output_dir is not None:
         check_writable(Path(settings.output_dir) / "report.html")
-    given = read_texts(
-        settings.texts or settings.dataset or "", split=settings.split, column=settings.column,
+
+
+def load_comparison(settings: Settings, state: PartialState) -> Comparison:
+    """Load the texts and both models; every process loads all of them and keeps its share of the texts."""
+    assert settings.model is not None  # check_settings has seen to that
+    texts = read_texts(
+        settings.texts or settings.dataset or "",
+        split=settings.split,
+        column=settings.column,
         max_texts=settings.max_texts,
-    )  # fmt: skip
-    options = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
-    models = load_models(settings.model, settings.reference, device=str(state.device), **options)
-    every = encode_texts(models[-1], given, max_length=settings.max_length)
-    mine = slice(state.process_index, None, state.num_processes)
-    return models, Encoded(every.ids[mine], every.prompt_lengths[mine], every.sample_ids[mine])
+    )
+    policy, reference, tokenizer = load_models(
+        settings.model,
+        settings.reference,
+        dtype=settings.dtype,
+        device=str(state.device),
+        trust_remote_code=settings.trust_remote_code,
+    )
+    encoded = encode_texts(tokenizer, texts, max_length=settings.max_length)
+
+    # Every num_processes-th text, beginning with the one of this process's number: the sizes differ by one at most.
+    share = slice(state.process_index, None, state.num_processes)
+    local_texts = Encoded(
+        ids=encoded.ids[share],
+        prompt_lengths=encoded.prompt_lengths[share],
+        sample_ids=encoded.sample_ids[share],
+    )
+    return Comparison(policy, reference, tokenizer=tokenizer, texts=local_texts)
 
 
-def measure(settings: Settings, state: PartialState, models: tuple, share: Encoded) -> None:
-    (policy, reference, tokenizer), size = models, settings.batch_size
+def score_local_texts(settings: Settings, state: PartialState, comparison: Comparison) -> pa.Table:
+    """Table of this process's texts, one row per token."""
     batches = score_texts(
-        policy, reference, tokenizer, share, batch_size=size, max_length=settings.max_length,
-        temperature=settings.temperature, top_k=settings.top_k,
-    )  # fmt: skip
-    err, count = Console(stderr=True), -(-len(share.ids) // size)
-    shown = err.is_terminal and state.is_main_process
-    table = scored_table(track(batches, "scoring", count, console=err, transient=True, disable=not shown), tokenizer)
-    names = {"model": settings.model, "reference": settings.reference or f"{settings.model} without its adapter"}
-    metadata = Metadata.of(table, tokenizer, temperature=settings.temperature, **names)
-    gathered = gather_object([Statistics.of(table, metadata)])
+        comparison.policy,
+        comparison.reference,
+        tokenizer=comparison.tokenizer,
+        texts=comparison.texts,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+    )
+    # The progress bar goes to stderr, and only where somebody watches: the tables on stdout can be piped.
+    stderr = Console(stderr=True)
+    hidden = not (stderr.is_terminal and state.is_main_process)
+    count = math.ceil(len(comparison.texts.ids) / settings.batch_size)
+    shown = track(batches, description="scoring", total=count, console=stderr, transient=True, disable=hidden)
+    return scored_table(shown, comparison.tokenizer)
+
+
+def measure(settings: Settings, state: PartialState, comparison: Comparison) -> None:
+    """Score, merge what the processes found, print the tables, and write Parquet and the page if asked to."""
+    table = score_local_texts(settings, state, comparison=comparison)
+    model, reference = settings.model, settings.reference or f"{settings.model} without its adapter"
+    metadata = Metadata.of(
+        table, comparison.tokenizer, temperature=settings.temperature, model=model, reference=reference
+    )
+
+    # Statistics merge exactly, so for the printed tables the processes exchange sums; rows only for the files.
+    statistics_by_process = gather_object([Statistics.of(table, metadata)])
     tables = gather_object([table]) if settings.output_dir else []
     if not state.is_main_process:
         return
-    console, statistics = Console(), functools.reduce(Statistics.merge, gathered)
-    console.print(summary_table(statistics, f"{names['model']} against {names['reference']}"), worst_table(statistics))
+
+    statistics = functools.reduce(Statistics.merge, statistics_by_process)
+    console = Console()
+    console.print(summary_table(statistics, f"{model} against {reference}"), worst_table(statistics))
     if settings.output_dir:
-        folder, table = Path(settings.output_dir), pa.concat_tables(tables)
-        table = table.sort_by([("sample_id", "ascending"), ("position", "ascending")])
-        metadata = metadata.naming(table, tokenizer)
-        write_records(table, folder / "tokens.parquet", metadata)
-        page = write_report((table, metadata), folder / "report.html")
+        folder = Path(settings.output_dir)
+        # Back into the order of the texts, so that the files do not depend on the number of processes.
+        whole = pa.concat_tables(tables).sort_by([("sample_id", "ascending"), ("position", "ascending")])
+        metadata = metadata.naming(whole, comparison.tokenizer)  # the texts of the other processes' tokens
+        write_records(whole, folder / "tokens.parquet", metadata=metadata)
+        page = write_report((whole, metadata), folder / "report.html")
         console.print(f"Rows: {folder / 'tokens.parquet'}. The page: {page}", markup=False, soft_wrap=True)
 
 
@@ -129,8 +190,10 @@ if __name__ == "__main__":
             (settings,) = parse_arguments((Settings,))
             quiet()
             if settings.smoke:  # now: once the processes know each other, only the first one's save_pretrained writes
-                vars(settings).update(make_smoke(Path(scratch)))
+                for name, value in make_smoke(Path(scratch)).items():
+                    setattr(settings, name, value)
             state = PartialState(cpu=not torch.cuda.is_available())
-            models, share = prepare(settings, state)
-        measure(settings, state, models, share)
+            check_settings(settings, state)
+            comparison = load_comparison(settings, state)
+        measure(settings, state, comparison=comparison)
         state.destroy_process_group()
