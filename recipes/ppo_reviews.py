@@ -27,10 +27,12 @@ from klft import PPOConfig, PPOTrainer
 from klft.cli import one_line_errors, parse_arguments
 from klft.ppo import RewardModel, checkpoint_to_resume
 
+TABLE_ROWS = 14
+
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """What to train on and for; PPOConfig and trl's ModelConfig hold the rest."""
+    """Data, reward and launch; PPOConfig and trl's ModelConfig hold the rest."""
 
     reward: str | None = field(default=None, metadata={"help": "Reward model (id or path), or module:function."})
     reward_label: str | None = field(default=None, metadata={"help": "Label whose probability is the reward."})
@@ -39,112 +41,149 @@ class RecipeArguments(ScriptArguments):
     smoke: bool = field(default=False, metadata={"help": "Two short rollouts: does it run?"})
 
 
-def prompts(script: RecipeArguments, world: Path) -> tuple[Any, Any]:
+def load_prompts(script: RecipeArguments, world: Path) -> tuple[Any, Any]:
     """(train, evaluation) prompts: a dataset by name, a local JSON file, or the reviews' (which have both)."""
     name = script.dataset_name
     try:
-        if name and not name.endswith((".json", ".jsonl")):
-            return load_dataset(name, script.dataset_config, split=script.dataset_train_split), None
-        train = load_dataset("json", data_files=name or str(world / "prompts_train.jsonl"), split="train")
+        if not name:
+            train = load_dataset("json", data_files=str(world / "prompts_train.jsonl"), split="train")
+        elif name.endswith((".json", ".jsonl")):
+            train = load_dataset("json", data_files=name, split="train")
+        else:
+            train = load_dataset(name, script.dataset_config, split=script.dataset_train_split)
     except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
         raise ValueError(f"--dataset_name {name}: {error.__cause__ or error or type(error).__name__}") from error
-    return train, None if name else load_dataset("json", data_files=str(world / "prompts_test.jsonl"), split="train")
+
+    if name:
+        return train, None
+    return train, load_dataset("json", data_files=str(world / "prompts_test.jsonl"), split="train")
 
 
-def reward(script: RecipeArguments, world: Path) -> Any:
+def load_reward(script: RecipeArguments, world: Path) -> Any:
     """The reward function: `module:function`, a reward model, or the reviews' sentiment model."""
     if script.reward is None:
         return RewardModel(str(world / "reward_model"), label="positive")
-    if ":" not in script.reward or Path(script.reward).exists():
+    if ":" not in script.reward or Path(script.reward).exists():  # a path may have a colon in it too
         return RewardModel(script.reward, label=script.reward_label)
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(Path.cwd()))  # so that my_module.py may lie where the recipe is launched
     return pkgutil.resolve_name(script.reward)
 
 
-class OneLine(ProgressCallback):
-    """The Trainer's progress bar, with the numbers to watch instead of all fifty."""
-
-    def on_log(self, args, state, control, logs: Any = None, **kwargs):
-        if self.training_bar is not None and "kl/sequence/mean" in logs:
-            score, kl, coef = (logs[name] for name in ("reward/score/mean", "kl/sequence/mean", "kl/coef"))
-            line = f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
-            self.training_bar.write(line)
-
-
-def kl_table(history: list[dict], rows: int = 14) -> Table:
-    table = Table(title="score, and KL to the reference in nats per sequence")
-    for name in ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens"):
-        table.add_column(name, justify="right")
-    logs = [log for log in history if "kl/sequence/mean" in log]
-    for log in [log for i, log in enumerate(logs) if (len(logs) - 1 - i) % (len(logs) // rows + 1) == 0]:
-        length = log["completions/mean_length"]
-        kls = [log[f"kl/{name}/mean"] * length for name in ("reverse", "forward", "k1", "k3")]
-        numbers = [log["reward/score/mean"], *kls, log["kl/coef"]]
-        table.add_row(str(log["step"]), *(f"{number:.3f}" for number in numbers), f"{length:.1f}")
-    return table
-
-
-def what_they_say(trainer: Any, reference: str, prompts: list[str]) -> Table:
-    table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
-    for name in ("prompt", "the reference", "score", "the policy", "score"):
-        table.add_column(name)
-    says = []
-    for model in (reference, trainer.accelerator.unwrap_model(trainer.model)):
-        write: Any = pipeline("text-generation", model, tokenizer=trainer.processing_class)
-        made = write(prompts, max_new_tokens=32, do_sample=True, top_k=0, return_full_text=False)
-        texts = [out[0]["generated_text"] for out in made]
-        scores = trainer.reward_funcs[0](prompts=prompts, completions=texts, completion_ids=None)
-        says.append([(Text(text.strip()), f"{score:.2f}") for text, score in zip(texts, scores, strict=True)])
-    for prompt, old, new in zip(prompts, *says, strict=True):
-        table.add_row(Text(prompt), *old, *new)
-    return table
-
-
 def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -> PPOTrainer:
-    """Everything that can be wrong with the arguments goes wrong here, before anything is trained."""
+    """Load everything into a trainer. What can be wrong with the arguments goes wrong here, before any training."""
     if script.processes not in (None, args.world_size):
         way_out = "Launch as the first line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {script.processes} process(es), got {args.world_size}. {way_out}")
-    args.max_steps = 2 * args.steps_per_rollout if script.smoke else args.max_steps
-    checkpoint_to_resume(Path(args.output_dir or "."), args.resume_from_checkpoint)  # an error now rather than later
-    world = Path() if model_args.model_name_or_path and script.dataset_name and script.reward else ensure_world()
+    if script.smoke:
+        args.max_steps = 2 * args.steps_per_rollout
+    # The trainer looks for the checkpoint only when it trains; an error is worth more before the models are loaded.
+    checkpoint_to_resume(Path(args.output_dir or "."), args.resume_from_checkpoint)
+
+    # The reviews' world is built (once) unless model, prompts and reward all come from elsewhere.
+    all_given = model_args.model_name_or_path and script.dataset_name and script.reward
+    world = Path() if all_given else ensure_world()
     name = model_args.model_name_or_path or str(world / "reference")
-    trust = {"revision": model_args.model_revision, "trust_remote_code": script.trust_remote_code}
-    given = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
-    train, evaluation = prompts(script, world)
+    source = {"revision": model_args.model_revision, "trust_remote_code": script.trust_remote_code}
+
+    train_prompts, evaluation_prompts = load_prompts(script, world)
+    # There is no reference among the arguments: PPOTrainer keeps a frozen copy of the model, or with --use_peft
+    # switches the adapter off.
     return PPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **trust, **given),
-        reward_funcs=reward(script, world),
+        model=AutoModelForCausalLM.from_pretrained(
+            name,
+            use_safetensors=True,
+            dtype=model_args.dtype or "auto",
+            attn_implementation=model_args.attn_implementation,
+            **source,
+        ),
+        reward_funcs=load_reward(script, world),
         args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=AutoTokenizer.from_pretrained(name, **trust),
+        train_dataset=train_prompts,
+        eval_dataset=evaluation_prompts,
+        processing_class=AutoTokenizer.from_pretrained(name, **source),
         peft_config=get_peft_config(model_args),
     )
 
 
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar, with the numbers to watch instead of all fifty."""
+
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        """Write score, KL and coefficient of a rollout above the bar."""
+        if self.training_bar is not None and "kl/sequence/mean" in logs:
+            score, kl, coef = logs["reward/score/mean"], logs["kl/sequence/mean"], logs["kl/coef"]
+            self.training_bar.write(
+                f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
+            )
+
+
+def kl_table(history: list[dict]) -> Table:
+    """Score, KL and its estimators by step, at most TABLE_ROWS rows; the last one is always among them."""
+    table = Table(title="score, and KL to the reference in nats per sequence")
+    for name in ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens"):
+        table.add_column(name, justify="right")
+
+    logs = [log for log in history if "kl/sequence/mean" in log]
+    stride = len(logs) // TABLE_ROWS + 1
+    for log in reversed(logs[::-1][::stride]):  # every stride-th log, counted from the last
+        # The logs have nats per token; times tokens per completion they are nats per sequence.
+        length = log["completions/mean_length"]
+        kls = [log[f"kl/{name}/mean"] * length for name in ("reverse", "forward", "k1", "k3")]
+        numbers = [log["reward/score/mean"], *kls, log["kl/coef"]]
+        table.add_row(str(log["step"]), *[f"{number:.3f}" for number in numbers], f"{length:.1f}")
+    return table
+
+
+def samples_table(trainer: Any, reference: str, prompts: list[str]) -> Table:
+    """The same prompts continued by the reference and by the policy, sampled, with their scores."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    cells_by_model = []
+    for model in (reference, policy):
+        generator: Any = pipeline("text-generation", model, tokenizer=trainer.processing_class)
+        outputs = generator(prompts, max_new_tokens=32, do_sample=True, top_k=0, return_full_text=False)
+        texts = [output[0]["generated_text"] for output in outputs]
+        scores = trainer.reward_funcs[0](prompts=prompts, completions=texts, completion_ids=None)
+        cells_by_model.append([(Text(text.strip()), f"{score:.2f}") for text, score in zip(texts, scores, strict=True)])
+
+    table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
+    for name in ("prompt", "the reference", "score", "the policy", "score"):
+        table.add_column(name)
+    for prompt, reference_cells, policy_cells in zip(prompts, *cells_by_model, strict=True):
+        table.add_row(Text(prompt), *reference_cells, *policy_cells)
+    return table
+
+
 def main(trainer: Any) -> None:
-    args, evaluation, name = trainer.args, trainer.eval_dataset, trainer.model.config._name_or_path
+    """Train, with an evaluation before and after where there are prompts for it, and print what came of it."""
+    args, evaluation_prompts = trainer.args, trainer.eval_dataset
+    name = trainer.model.config._name_or_path
     console = Console(quiet=not trainer.is_world_process_zero(), markup=False, soft_wrap=True)
     console.print(f"{args.world_size} processes, {args.episodes_per_rollout} completions per rollout, policy {name}")
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(OneLine)
-    before = trainer.evaluate() if evaluation else {}
+    trainer.add_callback(ProgressLine)
+
+    # All processes evaluate, train and save together; only the first one prints.
+    before = trainer.evaluate() if evaluation_prompts else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = trainer.evaluate() if evaluation else {}
+    after = trainer.evaluate() if evaluation_prompts else {}
     trainer.save_model(args.output_dir)
+
     console.print(kl_table(trainer.state.log_history))
-    if evaluation and trainer.is_world_process_zero():
-        (score, kl), n = ("eval_reward/score/mean", "eval_kl/sequence/mean"), len(evaluation)
-        console.print(what_they_say(trainer, name, list(evaluation["prompt"][:3])))
-        console.print(f"On {n} held-out prompts the mean score went from {before[score]:.2f} to {after[score]:.2f},")
+    if evaluation_prompts and trainer.is_world_process_zero():
+        console.print(samples_table(trainer, reference=name, prompts=list(evaluation_prompts["prompt"][:3])))
+        count, score, kl = len(evaluation_prompts), "eval_reward/score/mean", "eval_kl/sequence/mean"
+        console.print(
+            f"On {count} held-out prompts the mean score went from {before[score]:.2f} to {after[score]:.2f},"
+        )
         console.print(f"at an exact reverse KL of {after[kl]:.1f} nats per sequence.")
     console.print(f"The policy: {args.output_dir}. What the penalty prevents: --kl_coef 0 --output_dir demo_out/free")
     if args.kl_log_tokens:
-        console.print(f"Where in the text the two part, to look at: {Path(args.output_dir).resolve()}/kl/report.html")
+        page = Path(args.output_dir).resolve() / "kl" / "report.html"
+        console.print(f"Where in the text the two part, to look at: {page}")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        trainer = prepare(*parse_arguments((RecipeArguments, PPOConfig, ModelConfig)))
+        script, args, model_args = parse_arguments((RecipeArguments, PPOConfig, ModelConfig))
+        trainer = prepare(script, args=args, model_args=model_args)
     main(trainer)
