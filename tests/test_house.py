@@ -35,12 +35,7 @@ OUTSIDE = {
     5: TRAINING,
 }
 INSIDE_FUNCTIONS_BELOW_5 = {"transformers", "peft"}
-CEILINGS = {
-    "__init__": 50, "masked": 90, "divergences": 230, "estimators": 230, "controllers": 160, "shaping": 110,
-    "sharding": 220, "heads": 180, "fused": 1_030, "reference": 240, "penalty": 190, "ppo": 1_560, "hooks": 260,
-    "diagnostics": 1_600, "plots": 120, "cli": 280,
-}  # fmt: skip
-TOTAL_CEILING = 6_000
+BUDGET = 9_000  # lines of code in klft/: what is added must be worth its share
 BRIDGES = {"klft/ppo/tokens.py": "diagnostics"}  # kl_log_tokens writes their tables; loaded only when it is asked for
 PRIVATE_PARTS = ("trl.experimental", "trl.trainer.utils", "trl.kernels")
 
@@ -323,14 +318,6 @@ def code_lines(path):
     return len(lines - docstrings)
 
 
-def sizes(package):
-    total = {}
-    for path in sources(package):
-        module = module_of(path, package)
-        total[module] = total.get(module, 0) + code_lines(path)
-    return total
-
-
 def test_code_lines_counts_code(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(
@@ -339,13 +326,8 @@ def test_code_lines_counts_code(tmp_path):
     assert code_lines(path) == 5  # x over three lines, def, return
 
 
-def test_ceilings():
-    over = {m: f"{n} lines, ceiling {CEILINGS[m]}" for m, n in sizes(ROOT / "klft").items() if n > CEILINGS[m]}
-    assert over == {}
-
-
 def test_the_whole_house_stays_small():
-    assert 0 < sum(sizes(ROOT / "klft").values()) < TOTAL_CEILING
+    assert 0 < sum(map(code_lines, sources(ROOT / "klft"))) < BUDGET
 
 
 def long_pieces(folder):
@@ -362,7 +344,9 @@ def long_pieces(folder):
 
 
 def test_files_and_functions_are_short():
-    assert long_pieces(ROOT / "klft") + long_pieces(ROOT / "tests") == []
+    assert [
+        piece for folder in ("klft", "recipes", "benchmarks", "tests") for piece in long_pieces(ROOT / folder)
+    ] == []
 
 
 def test_long_pieces_are_reported(tmp_path):
@@ -373,26 +357,10 @@ def test_long_pieces_are_reported(tmp_path):
     assert long_pieces(tmp_path) == ["a.py: 500 lines", "b.py: f has 60 lines"]
 
 
-def misfit_recipes(folder):
-    """Recipes that are too long or stand without their YAML."""
-    found = []
-    for path in sorted(folder.glob("*.py")):
-        if path.read_text().count("\n") > 150:
-            found.append(f"{path.name}: more than 150 lines")
-        if not path.with_suffix(".yaml").is_file():
-            found.append(f"{path.name}: no {path.stem}.yaml")
-    return found
-
-
-def test_recipes_are_short_and_have_their_yaml():
-    assert misfit_recipes(ROOT / "recipes") == []
-
-
-def test_misfit_recipes_are_reported(tmp_path):
-    (tmp_path / "a.py").write_text("x = 1\n" * 151)
-    (tmp_path / "a.yaml").touch()
-    (tmp_path / "b.py").write_text("x = 1\n" * 150)
-    assert misfit_recipes(tmp_path) == ["a.py: more than 150 lines", "b.py: no b.yaml"]
+def test_every_recipe_has_its_yaml():
+    recipes = sorted((ROOT / "recipes").glob("*.py"))
+    assert recipes
+    assert [path.name for path in recipes if not path.with_suffix(".yaml").is_file()] == []
 
 
 # --- what an import loads --------------------------------------------------------------------------------------------
