@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import klft
-from klft import LMHead, VocabShard, fused, fused_token_loss, token_scores
+from klft import LMHead, VocabShard, fused_token_loss, token_scores
+from klft.fused import api
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -115,7 +116,7 @@ def checkpointed_loss(case: Case) -> None:
 @torch.no_grad()
 def products(case: Case) -> None:
     """Logits of both, gradient of the hidden states, gradient of the weight: on klft's tiles, nothing else."""
-    plan = fused._problem(
+    plan = api._problem(
         hidden=case.hidden,
         head=LMHead(case.weight),
         token_ids=case.token_ids,
@@ -363,7 +364,7 @@ def ppo(rounds: int) -> None:
     """Time and peak memory of a PPO micro-batch without logits, over those with them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from klft.heads import hidden_states
+    from klft.models import hidden_states
     from klft.ppo.losses import policy_losses
 
     torch.manual_seed(0)

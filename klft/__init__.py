@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, N = B*T flattened, V vocabulary, D hidden.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from klft._version import __version__  # noqa: F401
 from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.divergences import (
     alpha_divergence,
@@ -27,23 +28,23 @@ from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, toke
 from klft.shaping import shape_rewards
 
 if TYPE_CHECKING:
-    from klft.fused import TokenScores, fused_token_loss, linear_divergence, token_scores
+    from klft.fused import fused_token_loss, linear_divergence, token_scores
     from klft.heads import LMHead
     from klft.penalty import KLPenalty
     from klft.ppo import PPOConfig, PPOTrainer
-    from klft.reference import AdapterReference, FrozenReference
+    from klft.references import AdapterReference, FrozenReference
+    from klft.scores import TokenScores
     from klft.sharding import VocabShard
 
-__version__ = "0.1.0"
 
 _LAZY = {
-    "AdapterReference": "klft.reference",
-    "FrozenReference": "klft.reference",
+    "AdapterReference": "klft.references",
+    "FrozenReference": "klft.references",
     "KLPenalty": "klft.penalty",
     "LMHead": "klft.heads",
     "PPOConfig": "klft.ppo",
     "PPOTrainer": "klft.ppo",
-    "TokenScores": "klft.fused",
+    "TokenScores": "klft.scores",
     "VocabShard": "klft.sharding",
     "fused_token_loss": "klft.fused",
     "linear_divergence": "klft.fused",

@@ -9,19 +9,17 @@ Models are recognised by what they have (duck typing): neither transformers nor 
 heads with an adapter of their own, quantised ones and MLPs. Score those from logits.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
+from klft.models import base_of
+from klft.parallel import placed
 from klft.sharding import VocabShard
 
 # Classes (...ForCausalLM, ...LMHeadModel) of transformers whose logits are the head's output and nothing else. Those in
@@ -41,12 +39,6 @@ _AFTER = (
     ("output_logit_soft_cap", "cap", "xLSTM"),
 )
 _probed: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
-
-
-def base_of(model: nn.Module) -> Any:
-    """The transformers model inside DistributedDataParallel and PEFT wrappers, or the model itself."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +118,7 @@ class LMHead:
         base = base_of(model)
         layer = _layer_under_peft(base.get_output_embeddings(), type(base).__name__)
         scale, softcap = _transform(base, layer)
-        weight, bias, shard = _placed(model, layer.weight, getattr(layer, "bias", None), shard_rows)
+        weight, bias, shard = placed(model, layer.weight, getattr(layer, "bias", None), shard_rows)
         return cls(weight, bias, scale, softcap, shard)
 
 
@@ -206,72 +198,4 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
     raise _refusal(name, f"its logits are not what its head ({type(layer).__name__}) gives")
 
 
-def _placed(model: nn.Module, weight: Any, bias: Any, shard_rows: bool) -> tuple[Tensor, Any, VocabShard | None]:
-    """(weight, bias, shard) as plain tensors whose gradients reach the parameters with the right size."""
-    if not isinstance(weight, DTensor):
-        if shard_rows:
-            raise ValueError("LMHead.from_model: shard_rows: the head is whole here; read it before FSDP2 gathers it")
-        return weight, bias, None
-    mesh = weight.device_mesh
-    same_tokens = "tp" in (mesh.mesh_dim_names or ()) or not any(isinstance(m, FSDPModule) for m in model.modules())
-    if not (same_tokens or shard_rows):  # by default full_tensor keeps this process's own gradient only
-        mean = {"grad_placements": [Partial("avg")] * mesh.ndim}
-        return weight.full_tensor(**mean), None if bias is None else bias.full_tensor(**mean), None
-    shard = VocabShard.from_dtensor(weight, own_tokens=not same_tokens)
-    weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-    for part in (weight, bias):
-        if part is not None and part.requires_grad and not same_tokens:
-            part.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
-    return weight, bias, shard
-
-
 # ---- hidden states --------------------------------------------------------------------------------------------------
-
-
-class _Tied(torch.autograd.Function):
-    """x, with other tensors in its graph that get no gradient from it (not even zeros, which would be their size)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.count = len(others)
-        return x.clone()  # FSDP2 warns of a unit that returns a view
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:  # pyright: ignore
-        return gradient, *[None] * ctx.count
-
-
-@contextmanager
-def hidden_states(model: nn.Module):
-    """Forwards of `model` inside compute no logits: they return [B, 0, V], and kept.hidden [B, T, D] is what the head
-    would have read (T tokens, or the last logits_to_keep).
-
-    Only the forward of the head's module is exchanged, so all hooks run (DDP, FSDP2, PEFT, tensor parallel) and the
-    head's parameters have their place in the graph. Pass the model as you call it. Raises RuntimeError at the end if no
-    forward came through the head (a model compiled before, for instance).
-    """
-    kept, head = SimpleNamespace(hidden=None), base_of(model).get_output_embeddings()
-
-    def keep(hidden: Tensor, *_args: Any, **_options: Any) -> Tensor:
-        # Not an empty batch through the head's own forward: a DTensor cannot view [B, 0, V].
-        kept.hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
-        empty = kept.hidden[..., :0, :1].expand(*hidden.shape[:-2], 0, len(head.weight))
-        return _Tied.apply(empty, *head.parameters())  # pyright: ignore
-
-    def join(_model: nn.Module, _args: tuple, output: Any) -> None:
-        logits = output.get("logits") if isinstance(output, dict) else output[0]
-        if isinstance(logits, Tensor):
-            # Plus nothing, but with the model's output in the graph: FSDP2's root counts on a backward through it.
-            kept.hidden = kept.hidden + logits.sum().to(kept.hidden)
-
-    before = {name: value for name, value in vars(head).items() if name == "forward"}  # tensor parallel has its own
-    hook = model.register_forward_hook(join)
-    head.forward = keep
-    try:
-        yield kept
-        if kept.hidden is None:
-            raise RuntimeError(f"hidden_states: no forward of {type(base_of(model)).__name__} came through its head")
-    finally:
-        hook.remove()
-        del head.forward
-        vars(head).update(before)

@@ -18,31 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klft.controllers import Controller, FixedKL
-from klft.divergences import entropy, forward_kl, reverse_kl
 from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
-from klft.fused import TokenScores
-from klft.masked import token_logps
-from klft.reference import AdapterReference, FrozenReference, VocabularyCut
+from klft.models import VocabularyCut
+from klft.references import AdapterReference, FrozenReference
+from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
 
 PLACEMENTS = ("reward", "loss", "both")
 ESTIMATES = ("k1", "k2", "k3", "exact")
-
-
-def score_logits(
-    logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], token_ids: Int[Tensor, "*B"]
-) -> TokenScores:
-    """Everything klft reports about a token, from the logits that predict it. Differentiable in the policy's logits."""
-    ref_logits = ref_logits.detach()
-    return TokenScores(
-        logp=token_logps(logits, token_ids),
-        ref_logp=token_logps(ref_logits, token_ids),
-        entropy=entropy(logits),
-        ref_entropy=entropy(ref_logits),
-        reverse_kl=reverse_kl(logits, ref_logits),
-        forward_kl=forward_kl(logits, ref_logits),
-        top1_agree=logits.argmax(-1) == ref_logits.argmax(-1),
-    )
 
 
 @dataclass

@@ -30,11 +30,12 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from klft.cli import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics import Metadata, Statistics, score_texts, write_records, write_report
-from klft.diagnostics.measure import Encoded, encode_texts, scored_table
-from klft.diagnostics.sources import load_models, quiet, read_texts
+from klft.diagnostics.loading import load_models, quiet, read_texts
+from klft.diagnostics.measure import scored_table
 from klft.diagnostics.terminal import summary_table, worst_table
+from klft.prompts import Encoded, encode_texts
 
 
 @dataclass

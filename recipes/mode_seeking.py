@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import klft
-from klft.cli import one_line_errors, parse_arguments
+from klft.arguments import one_line_errors, parse_arguments
 
 try:
     from matplotlib import pyplot as plt

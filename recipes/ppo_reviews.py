@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from klft import PPOConfig, PPOTrainer
-from klft.cli import one_line_errors, parse_arguments
+from klft.arguments import one_line_errors, parse_arguments
 from klft.ppo import RewardModel, checkpoint_to_resume
 
 TABLE_ROWS = 14

@@ -26,16 +26,16 @@ from klft.diagnostics.records import (
     write_records,
 )
 from klft.diagnostics.stats import Statistics, scalars, summary_lines, visible
-from klft.diagnostics.texts import token_classes, token_texts
+from klft.diagnostics.vocabulary import token_classes, token_texts
 
 if TYPE_CHECKING:
     from klft.diagnostics.callback import TokenKLCallback
-    from klft.diagnostics.measure import score_texts
     from klft.diagnostics.report import write_report
+    from klft.scoring import score_texts
 
 _LAZY = {
     "TokenKLCallback": "klft.diagnostics.callback",
-    "score_texts": "klft.diagnostics.measure",
+    "score_texts": "klft.scoring",
     "write_report": "klft.diagnostics.report",
 }
 

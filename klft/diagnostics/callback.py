@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from klft.diagnostics.measure import (
-    Encoded,
-    as_reference,
-    check_positions,
-    encode_prompt,
-    encode_texts,
-    score_texts,
-)
 from klft.diagnostics.records import TokenKLLog
 from klft.diagnostics.report import write_report
-from klft.reference import AdapterReference, check_vocabularies, evaluating
+from klft.models import check_positions, check_vocabularies, evaluating
+from klft.prompts import Encoded, encode_prompt, encode_texts
+from klft.references import AdapterReference, as_reference
+from klft.scoring import score_texts
 
 logger = logging.getLogger(__name__)
 

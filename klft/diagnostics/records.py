@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from klft import __version__
+from klft._version import __version__
 from klft.diagnostics.stats import SEQUENCE, Statistics, scalars
-from klft.diagnostics.texts import token_classes, token_texts, tokenizer_hash
+from klft.diagnostics.vocabulary import token_classes, token_texts, tokenizer_hash
 
 SCHEMA_VERSION = 1
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from klft import __version__
+from klft._version import __version__
 from klft.diagnostics.records import Metadata, read_records
 from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant, visible
 

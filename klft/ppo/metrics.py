@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klft.estimators import k1, k2, k3
 from klft.masked import masked_var
-from klft.penalty import TokenScores
+from klft.scores import TokenScores
 
 TOKEN_COLUMNS: tuple[str, ...] = (
     "logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "top1_agree", "value", "return", "reward",

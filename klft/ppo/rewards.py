@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from klft.reference import evaluating
+from klft.models import evaluating
 
 
 class RewardModel:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from klft.diagnostics import TokenKLLog, write_report
-from klft.fused import TokenScores
-from klft.heads import base_of
-from klft.ppo.rollout import Batch
+from klft.generation import Batch
+from klft.models import base_of
+from klft.scores import TokenScores
 
 
 class TokenTables:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
-from klft.fused import TokenScores, fused_token_loss
+from klft.fused import fused_token_loss
+from klft.generation import generate
 from klft.masked import masked_sum, masked_var, masked_whiten, spread
+from klft.models import disable_dropout, vocab_size
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import value as value_function
@@ -24,12 +26,13 @@ from klft.ppo.completions import completion_rows, show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
 from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
+from klft.ppo.inputs import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
 from klft.ppo.losses import gae, policy_losses, value_losses
 from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name, reward_weights
-from klft.ppo.rollout import Batch, Rollout, Scorer, eos_ids, generate, pad_id_of, spoken, tokenize_prompts
-from klft.ppo.setup import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
-from klft.reference import vocab_size
+from klft.ppo.rollout import Batch, Rollout, Scorer
+from klft.prompts import eos_ids, pad_id_of, spoken, tokenize_prompts
+from klft.scores import TokenScores
 from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
 
 
@@ -78,7 +81,7 @@ class PPOTrainer(Trainer):
         train_dataset, eval_dataset = prompts_of_both(train_dataset, eval_dataset, args.episodes_per_rollout)
         model, reference = equip(model, reference, value_model, peft_config, tokenizer)
         if args.disable_dropout:
-            value_function.disable_dropout(model)
+            disable_dropout(model)
         self.penalty = KLPenalty(
             reference,
             direction=args.kl_direction,
@@ -370,12 +373,8 @@ class PPOTrainer(Trainer):
             self._eval_tables, self._eval_extra = [], {}
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
-            show_completions(
-                self._completions,
-                self.state.global_step,
-                self._output_dir,
-                self.args.num_completions_to_print,
-            )
+            rows, shown = self._completions, self.args.num_completions_to_print
+            show_completions(rows, self.state.global_step, self._output_dir, shown)
 
     def _train_metrics(self, names: list[str]) -> dict[str, float]:
         metrics = loss_metrics(self._loss_sums)

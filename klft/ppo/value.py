@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from klft.heads import base_of
+from klft.models import base_of
 
 OUTPUT_KEY = "state_values"
 
@@ -91,13 +91,3 @@ def load_value_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) ->
     base: Any = base_of(model)
     module = base.value_model if hasattr(base, "value_model") else base.v_head
     module.load_state_dict(tensors)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: dropout modules and the floats that functional calls read."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

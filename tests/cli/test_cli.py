@@ -20,8 +20,10 @@ from support import oracles, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from klft.cli import fits, main, one_line_errors, parse_arguments
-from klft.diagnostics import Statistics, TokenKLLog, measure, read_records, score_texts, summary_lines
+from klft import scoring
+from klft.arguments import fits, one_line_errors, parse_arguments
+from klft.cli import main
+from klft.diagnostics import Statistics, TokenKLLog, read_records, score_texts, summary_lines
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {"batch_size": 3, "max_length": 32}
@@ -337,12 +339,12 @@ def test_a_failure_is_exit_code_one_and_an_interrupt_130(klft, monkeypatch, tmp_
         return token_scores
 
     page = tmp_path / "page.html"
-    monkeypatch.setattr(measure, "token_scores", fails(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr(scoring, "token_scores", fails(RuntimeError("out of\nmemory")))
     assert klft("diff", *GOOD, "-o", page)[::2] == (1, LEFT_OUT + "error: RuntimeError: out of memory\n")
     monkeypatch.setattr(sys, "argv", ["klft", "--debug", "diff", *GOOD, "-o", str(page)])
     with pytest.raises(RuntimeError, match="out of\nmemory"):
         main()
-    monkeypatch.setattr(measure, "token_scores", fails(KeyboardInterrupt()))
+    monkeypatch.setattr(scoring, "token_scores", fails(KeyboardInterrupt()))
     assert klft("diff", *GOOD, "-o", page)[0] == 130
     assert not page.exists()
 

@@ -18,7 +18,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from klft.diagnostics import Statistics, TokenKLCallback, read_records, scalars
-from klft.reference import AdapterReference, FrozenReference
+from klft.references import AdapterReference, FrozenReference
 
 PROBES = ["w1 w2", "w3 w4 w5", {"prompt": "w6"}, {"prompt": "w1 w2", "completion": " w3 w4"}]
 PROMPTS = {0: [4, 5], 1: [6, 7, 8], 2: [9]}

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from klft.diagnostics import Metadata, Statistics, records_table, score_texts
-from klft.diagnostics.measure import Encoded, check_tokenizers, encode_prompt, encode_texts, scored_table
-from klft.diagnostics.sources import load_models, read_texts
-from klft.reference import AdapterReference, FrozenReference
+from klft.diagnostics.loading import load_models, read_texts
+from klft.diagnostics.measure import scored_table
+from klft.models import check_tokenizers
+from klft.prompts import Encoded, encode_prompt, encode_texts
+from klft.references import AdapterReference, FrozenReference
 
 TEXTS = ["w1 w2 w3 w4 w5", "w6 w7", "w8 w9 w10 w11 w12 w13 w14", "w3 w3 w1"]
 SIZES = {"batch_size": 3, "max_length": 32}

@@ -27,7 +27,7 @@ from klft.diagnostics import (
     scalars,
     write_records,
 )
-from klft.penalty import score_logits
+from klft.scores import score_logits
 
 TOP = 3
 

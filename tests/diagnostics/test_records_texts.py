@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from klft.diagnostics import Metadata, read_records, records_table, token_classes, token_texts, write_records
-from klft.diagnostics.texts import BYTE_OF, TOKEN_CLASSES, tokenizer_hash
+from klft.diagnostics.vocabulary import BYTE_OF, TOKEN_CLASSES, tokenizer_hash
 
 HOSTILE = [
     "</script><img onerror=1>",

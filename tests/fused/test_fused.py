@@ -33,8 +33,7 @@ from support.fused import (
 )
 from support.oracles import two_heads, value_and_gradients
 
-from klft import fused
-from klft.fused import TokenScores, fused_token_loss, token_scores
+from klft.fused import TokenScores, api, fused_token_loss, token_scores
 from klft.heads import LMHead
 
 # --- values and gradients --------------------------------------------------------------------------------------------
@@ -406,7 +405,7 @@ def test_what_is_no_distribution_is_never_a_number(poison, place, monkeypatch):
 @pytest.mark.parametrize("slice_elements", [1, 5, EVERYTHING])
 def test_the_lowest_number_as_a_mask(dtype, slice_elements, monkeypatch):
     """finfo.min instead of -inf: its tokens are as if they were not there, whole slices of them too."""
-    monkeypatch.setattr(fused, "CPU_SLICE", slice_elements)
+    monkeypatch.setattr(api, "CPU_SLICE", slice_elements)
     two, kept = two_heads(3, 13, "bias"), [0, *range(4, 11), 12]
     gone = [i for i in range(13) if i not in kept]
     two.token_ids.copy_(torch.tensor([5, 0, 12]))

@@ -31,10 +31,9 @@ from support.fused import (
 )
 from support.oracles import HEADS, two_heads, value_and_gradients
 
-from klft import fused
-from klft.fused import threads
-from klft.fused.sides import Side
-from klft.fused.tiles import Problem
+from klft.fused import api, workers
+from klft.fused.model_side import Side
+from klft.fused.plan import Problem
 from klft.heads import LMHead
 
 
@@ -42,7 +41,7 @@ from klft.heads import LMHead
 def count(request, monkeypatch):
     """So many threads, slices of one or two rows of the vocabulary."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(fused, "CPU_SLICE", 5)
+    monkeypatch.setattr(api, "CPU_SLICE", 5)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
@@ -163,7 +162,7 @@ def test_jobs_run_at_once_in_order_and_each_with_its_share_of_torch(two_threads)
         meet.wait()
         return item, threading.get_ident(), torch.get_num_threads()
 
-    (a, first, n), (b, second, m) = threads.each(job, [10, 20])
+    (a, first, n), (b, second, m) = workers.each(job, [10, 20])
     assert (a, b) == (10, 20)
     assert len({first, second, threading.get_ident()}) == 3
     assert (n, m) == (1, 1), "two threads that use two cores each would fight"
@@ -171,8 +170,8 @@ def test_jobs_run_at_once_in_order_and_each_with_its_share_of_torch(two_threads)
 
 
 def test_one_job_stays_in_its_thread(two_threads):
-    assert threads.each(lambda item: (item, threading.get_ident()), [7]) == [(7, threading.get_ident())]
-    assert threads.each(lambda item: item, []) == []
+    assert workers.each(lambda item: (item, threading.get_ident()), [7]) == [(7, threading.get_ident())]
+    assert workers.each(lambda item: item, []) == []
 
 
 def test_a_failing_job_is_raised_when_all_have_ended(two_threads):
@@ -187,9 +186,9 @@ def test_a_failing_job_is_raised_when_all_have_ended(two_threads):
         ended.append(item)
 
     with pytest.raises(ValueError, match="no"):
-        threads.each(job, [0, 1, 2])
+        workers.each(job, [0, 1, 2])
     assert sorted(ended) == [1, 2]
-    assert threads.each(lambda item: item + 1, [1, 2]) == [2, 3]
+    assert workers.each(lambda item: item + 1, [1, 2]) == [2, 3]
 
 
 def test_jobs_take_part_in_inference_mode_and_record_no_graph(two_threads):
@@ -198,23 +197,23 @@ def test_jobs_take_part_in_inference_mode_and_record_no_graph(two_threads):
     def job(_):
         return torch.is_inference_mode_enabled(), (x * 2).requires_grad
 
-    assert threads.each(job, [0, 1]) == [(False, False)] * 2
+    assert workers.each(job, [0, 1]) == [(False, False)] * 2
     with torch.inference_mode():
-        assert threads.each(job, [0, 1]) == [(True, False)] * 2
-    assert threads.each(job, [0, 1]) == [(False, False)] * 2
+        assert workers.each(job, [0, 1]) == [(True, False)] * 2
+    assert workers.each(job, [0, 1]) == [(False, False)] * 2
 
 
 def test_the_pool_follows_torch(two_threads):
-    for total, workers, each in ((2, 2, 1), (3, 3, 1), (8, 8, 1), (15, 7, 2), (17, 5, 3), (64, 8, 8)):
+    for total, jobs, each in ((2, 2, 1), (3, 3, 1), (8, 8, 1), (15, 7, 2), (17, 5, 3), (64, 8, 8)):
         torch.set_num_threads(total)
-        assert threads.count() == workers
-        meet = threading.Barrier(workers, timeout=60)
+        assert workers.count() == jobs
+        meet = threading.Barrier(jobs, timeout=60)
 
         def job(_, meet=meet):
             meet.wait()
             return torch.get_num_threads()
 
-        assert threads.each(job, range(workers)) == [each] * workers
+        assert workers.each(job, range(jobs)) == [each] * jobs
         assert torch.get_num_threads() == total
         later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
         assert later == total, "a thread of the caller's own, begun later, has torch's threads"
@@ -222,10 +221,10 @@ def test_the_pool_follows_torch(two_threads):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_fork_has_a_pool_of_its_own(two_threads):
-    assert threads.each(lambda item: item, [1, 2]) == [1, 2]
+    assert workers.each(lambda item: item, [1, 2]) == [1, 2]
     child = os.fork()
     if not child:
-        os._exit(0 if threads.each(lambda item: item + os.getpid() * 0, [1, 2]) == [1, 2] else 1)
+        os._exit(0 if workers.each(lambda item: item + os.getpid() * 0, [1, 2]) == [1, 2] else 1)
     for _ in range(600):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -251,10 +250,10 @@ def test_an_interrupted_caller_leaves_no_job_behind(two_threads, monkeypatch):
         threading.Timer(0.2, go.set).start()
         raise KeyboardInterrupt
 
-    threads.each(lambda item: item, [0, 1])
-    monkeypatch.setattr(threads, "wait", interrupted)
+    workers.each(lambda item: item, [0, 1])
+    monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        threads.each(job, range(9))
+        workers.each(job, range(9))
     assert sorted(begun) == sorted(ended)
     assert len(begun) < 9
 
@@ -272,7 +271,7 @@ def test_a_failed_call_keeps_nothing_alive(two_threads):
             raise ValueError(item)
 
         with pytest.raises(ValueError, match=r"1|2"):
-            threads.each(job, [1, 2])
+            workers.each(job, [1, 2])
         return alive
 
     gc.collect()
@@ -293,10 +292,10 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
         start(self)
 
     torch.set_num_threads(4)
-    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(workers, "_pool", None)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     try:
-        assert threads.each(lambda item: item + 1, [1, 2, 3]) == [2, 3, 4]
+        assert workers.each(lambda item: item + 1, [1, 2, 3]) == [2, 3, 4]
         assert torch.get_num_threads() == 4
         started[0].join(60)
         assert not started[0].is_alive(), "it waits for those that never came"
@@ -306,20 +305,20 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
 
 AT_THE_END = """
 import atexit, threading, time, torch
-from klft.fused import threads
+from klft.fused import workers
 
 torch.set_num_threads(2)
 FIRST
 def late():
     threading.main_thread().join()
-    print("thread", threads.each(lambda item: item + 1, [1, 2]), flush=True)
+    print("thread", workers.each(lambda item: item + 1, [1, 2]), flush=True)
 
-atexit.register(lambda: print("atexit", threads.each(lambda item: item + 1, [1, 2]), flush=True))
+atexit.register(lambda: print("atexit", workers.each(lambda item: item + 1, [1, 2]), flush=True))
 threading.Thread(target=late).start()
 """
 
 
-@pytest.mark.parametrize("first", ["", "threads.each(lambda item: item, [1, 2])"], ids=["new pool", "old pool"])
+@pytest.mark.parametrize("first", ["", "workers.each(lambda item: item, [1, 2])"], ids=["new pool", "old pool"])
 def test_python_on_its_way_out(first):
     run = [sys.executable, "-c", AT_THE_END.replace("FIRST", first)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)

@@ -31,8 +31,7 @@ from support.kernels import (
 )
 from support.oracles import two_heads, value_and_gradients
 
-from klft import fused
-from klft.fused import fused_token_loss, linear_divergence, token_scores, torch_backend
+from klft.fused import api, fused_token_loss, linear_divergence, token_scores, torch_backend
 from klft.heads import LMHead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
@@ -401,7 +400,7 @@ def by_backend(backend, name, kind, special, device):
 
 
 def agree(name, kind, special, device):
-    set_tile = replaced(fused, "CPU_TILE" if device == "cpu" else "TILE", 4 * 127)
+    set_tile = replaced(api, "CPU_TILE" if device == "cpu" else "TILE", 4 * 127)
     with several_blocks(), set_tile:
         ours, theirs = (by_backend(backend, name, kind, special, device) for backend in ("triton", "torch"))
     for mine, other in zip(ours, theirs, strict=True):
@@ -441,7 +440,7 @@ def scores_and_losses(kind, special, device):
         def later(*leaves):
             return mixed(token_scores(*inputs(*leaves), temperature=two.temperature), seen)
 
-        with several_blocks(), replaced(fused, "_backend", lambda *_: backend):  # noqa: B023
+        with several_blocks(), replaced(api, "_backend", lambda *_: backend):  # noqa: B023
             leaves = [leaf.to(device) for leaf in two.leaves]
             values = [token_scores(*inputs(*leaves), temperature=two.temperature)]
             values = [getattr(values[0], name) for name in ("logp", "ref_logp", *NAMES)]

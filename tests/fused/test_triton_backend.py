@@ -8,8 +8,8 @@ import torch
 from support.kernels import close, kernels, replaced
 from support.oracles import value_and_gradients
 
-from klft import fused
-from klft.fused import linear_divergence, torch_backend
+from klft import fused as fused_package
+from klft.fused import api, linear_divergence, torch_backend
 from klft.heads import LMHead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
@@ -27,17 +27,17 @@ def test_triton_on_a_cpu_says_what_to_do():
     assert not kernels().INTERPRETED, "unset TRITON_INTERPRET: the tests set it where they need it"
     with pytest.raises(ValueError, match=r"got tensors on cpu.*TRITON_INTERPRET=1"):
         divergence_by_triton()
-    assert fused._backend("auto", torch.device("cpu")) is torch_backend
-    assert fused._backend("auto", torch.device("cuda")) is kernels()
+    assert api._backend("auto", torch.device("cpu")) is torch_backend
+    assert api._backend("auto", torch.device("cuda")) is kernels()
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.delattr(fused, "triton_backend", raising=False)
+    monkeypatch.delattr(fused_package, "triton_backend", raising=False)
     monkeypatch.delitem(sys.modules, "klft.fused.triton_backend", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
         divergence_by_triton()
-    assert fused._backend("auto", torch.device("cuda")) is torch_backend
+    assert api._backend("auto", torch.device("cuda")) is torch_backend
 
 
 # ---- compiled, as a GPU would have it --------------------------------------------------------------------------------

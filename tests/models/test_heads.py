@@ -11,7 +11,8 @@ from support.heads import IDS, LLAMA_LIKE, SMALL, V, hooks_of, llama, own, read
 from torch import nn
 
 from klft import heads
-from klft.heads import LMHead, hidden_states
+from klft.heads import LMHead
+from klft.models import hidden_states
 from klft.ppo.value import attach_value_head, install_hooks, with_values
 from klft.sharding import VocabShard
 

@@ -10,7 +10,8 @@ from support.heads import IDS, llama, own, read
 from torch.nn.parallel import DistributedDataParallel
 
 from klft import heads
-from klft.heads import LMHead, base_of, hidden_states
+from klft.heads import LMHead
+from klft.models import base_of, hidden_states
 
 # ---- PEFT ----------------------------------------------------------------------------------------------------------
 

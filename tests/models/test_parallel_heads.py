@@ -15,7 +15,8 @@ import transformers
 from support.processes import launch
 
 from klft.fused import fused_token_loss, linear_divergence
-from klft.heads import LMHead, base_of, hidden_states
+from klft.heads import LMHead
+from klft.models import base_of, hidden_states
 from klft.sharding import VocabShard
 
 WORLD = 2

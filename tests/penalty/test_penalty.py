@@ -25,7 +25,8 @@ from support.penalties import (
 )
 
 from klft import AdaptiveKL, KLPenalty, TargetKL
-from klft.penalty import TokenKL, TokenScores
+from klft.penalty import TokenKL
+from klft.scores import TokenScores
 
 INF, NAN = math.inf, math.nan
 

@@ -5,7 +5,8 @@ import torch
 from support import oracles
 from support.penalties import ACCEPTED, COEF, DIRECTIONS, SILENT, WARNED, GivenReference, close, penalty
 
-from klft.penalty import TokenKL, score_logits
+from klft.penalty import TokenKL
+from klft.scores import score_logits
 
 # --- the expected gradient over whole sequences, enumerated ----------------------------------------------------------
 #

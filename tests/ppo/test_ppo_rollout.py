@@ -10,12 +10,14 @@ from support import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-import klft.fused
 from klft import FrozenReference
+from klft.fused import api
+from klft.generation import Batch, generate
 from klft.masked import token_logps
-from klft.ppo.rollout import Batch, Scorer, completion_mask, eos_ids, generate, tokenize_prompts
-from klft.ppo.setup import prompts_of
+from klft.ppo.inputs import prompts_of
+from klft.ppo.rollout import Scorer
 from klft.ppo.value import attach_value_head, install_hooks
+from klft.prompts import completion_mask, eos_ids, tokenize_prompts
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -170,7 +172,7 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("estimator", ["k1", "exact"])
 def test_logits_never_exist_whole(estimator, tmp_path, monkeypatch):
     """A tile of 3 tokens is the most there is in scoring and in training; generation has one row per completion."""
-    monkeypatch.setattr(klft.fused, "CPU_TILE", 3 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(api, "CPU_TILE", 3 * 4 * tiny.VOCABULARY)
     large = {"vocab_size": 4 * tiny.VOCABULARY}
     run = tiny.trainer(
         tmp_path, tiny.llama(**large), given={"reference": tiny.llama(5, **large)}, max_steps=1, kl_estimator=estimator,

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from klft import AdapterReference, FrozenReference
-from klft.reference import VocabularyCut, check_vocabularies, evaluating, vocab_size
+from klft.models import VocabularyCut, check_vocabularies, evaluating, vocab_size
 
 VOCAB = 23
 
@@ -387,7 +387,7 @@ def test_vocabulary_cut_says_once_how_much_probability_it_cuts(caplog):
     logits = torch.zeros(2, 3, 10)
     logits[1, 2, 8:] = 5.0  # the token with the most to lose
     cut = VocabularyCut()
-    with caplog.at_level(logging.WARNING, logger="klft.reference"):
+    with caplog.at_level(logging.WARNING, logger="klft.models"):
         torch.testing.assert_close(cut(logits, 10), logits, rtol=0, atol=0)
         assert not caplog.records
         torch.testing.assert_close(cut(logits, 8), logits[..., :8], rtol=0, atol=0)

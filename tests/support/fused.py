@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from klft import fused
-from klft.fused import fused_token_loss, linear_divergence, token_scores
+from klft.fused import api, fused_token_loss, linear_divergence, token_scores
 from klft.heads import LMHead
 from support import oracles
 from support.divergences import ROWS
@@ -27,8 +26,8 @@ CONSTANT = ("ref_logp", "ref_entropy", "top1_agree")
 def set_tile(monkeypatch, elements):
     """Logits per tile; where they are few, so are those of a slice."""
     for name in ("CPU_TILE", "TILE"):
-        monkeypatch.setattr(fused, name, elements)
-    monkeypatch.setattr(fused, "CPU_SLICE", max(5, elements // 3))
+        monkeypatch.setattr(api, name, elements)
+    monkeypatch.setattr(api, "CPU_SLICE", max(5, elements // 3))
 
 
 def tiles(monkeypatch, vocab):

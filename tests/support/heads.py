@@ -3,7 +3,8 @@
 import torch
 import transformers
 
-from klft.heads import LMHead, hidden_states
+from klft.heads import LMHead
+from klft.models import hidden_states
 
 V = 37
 IDS = torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))

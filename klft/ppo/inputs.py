@@ -10,8 +10,9 @@ from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from klft.models import check_vocabularies, require_causal_lm
 from klft.ppo import value as value_function
-from klft.reference import AdapterReference, FrozenReference, check_vocabularies, require_causal_lm
+from klft.references import AdapterReference, FrozenReference
 
 logger = logging.get_logger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from klft.diagnostics.measure import check_tokenizers
-from klft.reference import AdapterReference, FrozenReference, require_causal_lm
+from klft.models import check_tokenizers, require_causal_lm
+from klft.references import AdapterReference, FrozenReference
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")

@@ -1,0 +1,230 @@
+"""Exact KL, entropies and log-probabilities from hidden states: the logits never exist whole.
+
+    head, ref_head = LMHead.from_model(policy), LMHead.from_model(reference)
+    scores = token_scores(hidden, head, token_ids, ref_hidden, ref_head)           # everything about a token, [N] each
+    kl = linear_divergence(hidden, head, ref_hidden, ref_head, divergence="jsd")   # any row of the table, [N]
+    loss = fused_token_loss(lambda s: s.reverse_kl.sum(), hidden, head, token_ids, ref_hidden, ref_head)
+    loss.backward()
+
+A head is a klft.heads.LMHead, whole or this process's rows (klft.sharding). All are differentiable in `hidden`,
+`head.weight` and `head.bias`, never in the reference's side. The first two make their tiles a second time in the
+backward; `fused_token_loss` takes the gradient while the tile is there: four matrix products in all.
+Source of the idea of tiles: arXiv 2411.09009.
+On a CPU several Python threads share the work; a FLOP counter or a profiler that watches its own thread only sees all
+of it under torch.set_num_threads(1).
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from klft import divergences
+from klft.divergences import DIVERGENCES
+from klft.fused import torch_backend
+from klft.fused.functions import Row, Scored, TokenLoss
+from klft.fused.model_side import Side
+from klft.fused.plan import Problem
+from klft.fused.tile import EXACT
+from klft.scores import TokenScores
+
+# Logits of one model that a tile may hold (one token at least), its tokens, and the logits of a slice of it, which stay
+# in a CPU's cache. See benchmarks/README.md.
+CPU_TILE, TILE = 5 << 23, 1 << 28
+CPU_TOKENS, TOKENS = 512, 1 << 14
+CPU_SLICE, SLICE = 1 << 18, 1 << 24
+BACKENDS = ("auto", "torch", "triton")
+
+
+def _backend(name: str, device: torch.device) -> Any:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return torch_backend
+    try:
+        from klft.fused import triton_backend
+    except ImportError as error:
+        if name == "triton":
+            raise ImportError("backend='triton' needs the package triton: pip install triton, or 'torch'") from error
+        return torch_backend
+    if device.type != "cuda" and not triton_backend.INTERPRETED:
+        raise ValueError(
+            f"backend='triton' runs on a GPU, got tensors on {device}. Move them, choose 'torch', or set "
+            "TRITON_INTERPRET=1 before Python starts, which is for tests: it is slow."
+        )
+    return triton_backend
+
+
+def _check(hidden: Tensor, head: Any, role: str, n: int) -> None:
+    if hidden.dim() != 2 or hidden.shape != (n, head.weight.shape[1]):
+        raise ValueError(
+            f"{role}: expected hidden states [N, D] = [{n}, {head.weight.shape[1]}], got {list(hidden.shape)}. Flatten "
+            "batch and time first, and select the tokens that count: hidden[mask]."
+        )
+
+
+def _problem(
+    hidden: Tensor,
+    head: Any,
+    token_ids: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_head: Any,
+    temperature: float,
+    backend: str = "auto",
+) -> Problem:
+    """Checked inputs. Raises ValueError for shapes, vocabularies, ids and temperatures that cannot be right."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    if (ref_hidden is None) != (ref_head is None):
+        raise ValueError("ref_hidden and ref_head belong together: give both or neither")
+    n = hidden.shape[0] if token_ids is None else token_ids.shape[0]
+    vocab_size = head.rows
+    _check(hidden, head, "the policy", n)
+    if token_ids is None:
+        token_ids = torch.zeros(n, dtype=torch.long, device=hidden.device)
+    elif token_ids.dim() != 1 or (n and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size):
+        raise ValueError(
+            f"token_ids must be [N] ids in 0..{vocab_size - 1}, got shape {list(token_ids.shape)} with values from "
+            f"{int(token_ids.min()) if token_ids.numel() else None} to "
+            f"{int(token_ids.max()) if token_ids.numel() else None}. Drop masked tokens (-100) before."
+        )
+    policy, reference = Side(hidden, head, temperature), None
+    if ref_hidden is not None and ref_head is not None:
+        _check(ref_hidden, ref_head, "the reference", n)
+        ref_head = _beside(head, ref_head)
+        reference = Side(ref_hidden, ref_head, temperature, policy.wide)
+    on_cpu, device = hidden.device.type == "cpu", hidden.device
+    elements, tokens, of_slice = (CPU_TILE, CPU_TOKENS, CPU_SLICE) if on_cpu else (TILE, TOKENS, SLICE)
+    wants, kernels = hidden.requires_grad and torch.is_grad_enabled(), _backend(backend, device)
+    if kernels is not torch_backend:
+        of_slice = None  # its kernels go through a tile as it is
+    return Problem(policy, reference, token_ids, head.shard, elements, tokens, of_slice, wants, kernels)
+
+
+def _beside(head: Any, ref_head: Any) -> Any:
+    """The reference's head with the same rows as the policy's."""
+    if ref_head.rows != head.rows:
+        raise ValueError(
+            f"the policy's head has {head.rows} rows, the reference's {ref_head.rows}: cut both to the ids they share, "
+            f"head.cut({min(head.rows, ref_head.rows)})"
+        )
+    if head.shard is None and ref_head.shard is None:
+        return ref_head
+    if head.shard is None:
+        raise ValueError("the reference's head is split over processes and the policy's is not: split both, or neither")
+    if ref_head.shard is None:
+        return ref_head.narrow(head.shard)
+    if (ref_head.shard.start, ref_head.shard.stop) != (head.shard.start, head.shard.stop):
+        raise ValueError(f"the heads are split differently: {head.shard} and {ref_head.shard}")
+    return ref_head
+
+
+def token_scores(
+    hidden: Float[Tensor, "N D"],
+    head: Any,
+    token_ids: Int[Tensor, "N"],
+    ref_hidden: Float[Tensor, "N E"] | None = None,
+    ref_head: Any = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+) -> TokenScores:
+    """Everything klft reports about a token, [N] each, in nats, in one pass over both heads: two matrix products.
+
+    Differentiable in hidden, head.weight and head.bias (logp, entropy, both KLs). Without a reference only logp,
+    entropy (and top_ids, top_p) are there. With `top_k` both models' k most likely tokens and their probabilities.
+    Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
+    """
+    problem = _problem(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+    if not 0 <= top_k <= head.rows:
+        raise ValueError(f"token_scores: top_k must lie in 0..{head.rows} (the vocabulary), got {top_k}")
+    both = ref_hidden is not None
+    names = ("logp", "entropy", "ref_logp", "ref_entropy", "reverse_kl", "forward_kl") if both else ("logp", "entropy")
+    tops = top_k if both or top_k else -1
+    outputs: Any = Scored.apply(hidden, head.weight, head.bias, problem, names, tops)
+    scores = TokenScores(**dict(zip(names, outputs, strict=False)))
+    found = outputs[len(names) :]
+    if both:
+        scores.top1_agree = found[1][:, 0] == found[3][:, 0]
+    if top_k:
+        scores.top_p, scores.top_ids = found[0].exp(), found[1]
+        if both:
+            scores.ref_top_p, scores.ref_top_ids = found[2].exp(), found[3]
+    return scores
+
+
+def _parameters(divergence: str, params: dict[str, float]) -> tuple[float, ...]:
+    """The row's parameters in order, with defaults, checked as the dense function checks them."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}")
+    dense = getattr(divergences, divergence)
+    point = [torch.zeros(1)] * (1 if divergence == "entropy" else 2)
+    bound = inspect.signature(dense).bind(*point, **params)
+    bound.apply_defaults()
+    dense(*bound.args, **bound.kwargs)
+    return tuple(float(value) for value in bound.args[len(point) :])
+
+
+def linear_divergence(
+    hidden: Float[Tensor, "N D"],
+    head: Any,
+    ref_hidden: Float[Tensor, "N E"],
+    ref_head: Any,
+    *,
+    divergence: str = "reverse_kl",
+    temperature: float = 1.0,
+    backend: str = "auto",
+    **params: float,
+) -> Float[Tensor, "N"]:
+    """Any divergence of klft.divergences (by its function's name, with its parameters) from hidden states, in nats.
+
+    Equal to the dense function on head.logits(hidden) / temperature, and so is the gradient.
+    Raises ValueError for an unknown name or a parameter that the dense function refuses, TypeError for one it has not.
+    """
+    values = _parameters(divergence, params)
+    problem = _problem(hidden, head, None, ref_hidden, ref_head, temperature, backend)
+    if divergence in EXACT:
+        (result,) = Scored.apply(hidden, head.weight, head.bias, problem, (divergence,), -1)  # pyright: ignore
+        return result
+    return Row.apply(hidden, head.weight, head.bias, problem, divergence, values)  # pyright: ignore
+
+
+def fused_token_loss(
+    loss_fn: Callable[..., Tensor],
+    hidden: Float[Tensor, "N D"],
+    head: Any,
+    token_ids: Int[Tensor, "N"],
+    ref_hidden: Float[Tensor, "N E"] | None = None,
+    ref_head: Any = None,
+    *,
+    temperature: float = 1.0,
+    per_token: Sequence[Tensor] = (),
+) -> Float[Tensor, ""]:
+    """A loss over tokens, taken chunk by chunk, with its gradient made inside the forward: four matrix products.
+
+    Args:
+        loss_fn: `loss_fn(scores, *per_token_chunks)` -> the *sum* over a chunk's tokens, a scalar. `scores` has logp,
+            entropy, ref_logp, ref_entropy, reverse_kl, forward_kl; only what is read is computed. Where processes
+            have tokens of their own, a chunk may be empty on one of them.
+        per_token: tensors [N, ...] that are cut to the chunk: advantages, old log-probabilities. Constants.
+
+    Values in nats where the scores are. A second backward (retain_graph) runs loss_fn again. Raises ValueError where a
+    gradient would be lost, and for what token_scores refuses.
+    """
+    problem = _problem(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+    for t in per_token:
+        if t.requires_grad or len(t) != len(token_ids):
+            raise ValueError(
+                f"fused_token_loss: per_token tensors are constants with one entry per token ({len(token_ids)}), got "
+                f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
+            )
+    # torch would not let loss_fn multiply by a tensor made in inference mode, as rollouts often are.
+    constants = tuple(t.clone() if t.is_inference() else t for t in per_token)
+    leaves = (hidden, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
+        leaves = tuple(None if t is None else t.detach() for t in leaves)
+    return TokenLoss.apply(*leaves, problem, loss_fn, constants)  # pyright: ignore

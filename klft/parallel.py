@@ -1,0 +1,28 @@
+"""Weights that are split over processes, as plain tensors."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
+
+from klft.sharding import VocabShard
+
+
+def placed(model: nn.Module, weight: Any, bias: Any, shard_rows: bool) -> tuple[Tensor, Any, VocabShard | None]:
+    """(weight, bias, shard) as plain tensors whose gradients reach the parameters with the right size."""
+    if not isinstance(weight, DTensor):
+        if shard_rows:
+            raise ValueError("LMHead.from_model: shard_rows: the head is whole here; read it before FSDP2 gathers it")
+        return weight, bias, None
+    mesh = weight.device_mesh
+    same_tokens = "tp" in (mesh.mesh_dim_names or ()) or not any(isinstance(m, FSDPModule) for m in model.modules())
+    if not (same_tokens or shard_rows):  # by default full_tensor keeps this process's own gradient only
+        mean = {"grad_placements": [Partial("avg")] * mesh.ndim}
+        return weight.full_tensor(**mean), None if bias is None else bias.full_tensor(**mean), None
+    shard = VocabShard.from_dtensor(weight, own_tokens=not same_tokens)
+    weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+    for part in (weight, bias):
+        if part is not None and part.requires_grad and not same_tokens:
+            part.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
+    return weight, bias, shard

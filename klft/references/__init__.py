@@ -1,0 +1,7 @@
+"""References: what the policy must stay close to."""
+
+from klft.references.adapter import AdapterReference
+from klft.references.frozen import FrozenReference
+from klft.references.protocol import as_reference
+
+__all__ = ["AdapterReference", "FrozenReference", "as_reference"]
