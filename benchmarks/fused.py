@@ -25,7 +25,7 @@ from torch import Tensor
 
 import klft
 from klft import LMHead, VocabShard, fused_token_loss, token_scores
-from klft.fused import api
+from klft.fused.api import plan_of
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -116,21 +116,15 @@ def checkpointed_loss(case: Case) -> None:
 @torch.no_grad()
 def products(case: Case) -> None:
     """Logits of both, gradient of the hidden states, gradient of the weight: on klft's tiles, nothing else."""
-    plan = api._problem(
-        hidden=case.hidden,
-        head=LMHead(case.weight),
-        token_ids=case.token_ids,
-        ref_hidden=case.ref_hidden,
-        ref_head=LMHead(case.ref_weight),
-        temperature=1.0,
-    )
+    head, ref_head = LMHead(case.weight), LMHead(case.ref_weight)
+    plan = plan_of(case.hidden, head, case.token_ids, case.ref_hidden, ref_head)
     weight_grad = torch.zeros_like(case.weight)
-    workspace = torch.empty(plan.size * case.vocab_size, dtype=DTYPE, device=DEVICE)
+    workspace = torch.empty(plan.geometry.chunk_size * case.vocab_size, dtype=DTYPE, device=DEVICE)
     for chunk in plan.chunks:
         hidden = case.hidden[chunk]
         # On a CPU a tile lies as [V, n], one row of the vocabulary after another, as klft's do.
         tile = workspace[: len(hidden) * case.vocab_size]
-        if plan.sliced:
+        if plan.backend.VOCAB_MAJOR:
             logits = tile.view(case.vocab_size, len(hidden)).t()
         else:
             logits = tile.view(len(hidden), case.vocab_size)

@@ -9,6 +9,7 @@ Terms are Bregman gaps: each is >= 0, and exactly 0 where lp = lq. In fp32 that 
 tokens accurate to 1e-4, where `sum p * (lp - lq)` has no correct digit and is often negative.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,40 @@ def _over_parts(totals: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """A number that a divergence depends on. `problem` says what is wrong with a value, or None."""
+
+    name: str
+    default: float
+    problem: Callable[[float], str | None]
+
+
+def _strictly_inside(at_0: str, at_1: str) -> Callable[[float], str | None]:
+    """A parameter of a mixture; at 0 and 1 the user wants one of the named divergences."""
+    return lambda value: (
+        None
+        if 0 < value < 1
+        else f"must lie strictly between 0 and 1, got {value}. The end points do not become a KL here; use {at_0} or "
+        f"{at_1} for that."
+    )
+
+
+def _alpha_problem(alpha: float) -> str | None:
+    if alpha not in (0, 1) and math.isfinite(alpha):
+        return None
+    return (
+        f"must be finite and neither 0 nor 1, got {alpha}. "
+        "Its limits there are forward_kl (alpha = 0) and reverse_kl (alpha = 1)."
+    )
+
+
+def _order_problem(alpha: float) -> str | None:
+    if 0 < alpha < math.inf and alpha != 1:
+        return None
+    return f"must be positive, finite and not 1, got {alpha}. At alpha = 1 it is reverse_kl."
+
+
+@dataclass(frozen=True)
 class Divergence:
     """One row of the table. `term` and `dterm` are elementwise in (lp, lq); `finish` in the sum.
 
@@ -70,6 +105,25 @@ class Divergence:
     total: Callable[..., Tensor] | None = None
     merge: Callable[[Tensor], Tensor] = _over_parts
     gradient: Callable[..., Tensor] | None = None
+    parameters: tuple[Parameter, ...] = ()
+
+    def bind(self, name: str, given: dict[str, float]) -> tuple[float, ...]:
+        """The parameters in order, defaults filled in; `name` is the row's, for messages.
+
+        Raises TypeError for a parameter that the row does not have, ValueError for a value it cannot have.
+        """
+        unknown = [key for key in given if key not in {p.name for p in self.parameters}]
+        if unknown:
+            known = ", ".join(p.name for p in self.parameters) or "none"
+            raise TypeError(f"{name} got an unexpected keyword argument {unknown[0]!r}; its parameters: {known}")
+        values = []
+        for parameter in self.parameters:
+            value = given.get(parameter.name, parameter.default)
+            problem = parameter.problem(value)
+            if problem:
+                raise ValueError(f"{name}: {parameter.name} {problem}")
+            values.append(float(value))
+        return tuple(values)
 
     def totals(self, lp: Tensor, lq: Tensor, *params: float) -> Tensor:
         """What `finish` reads: the sum of the terms over the vocabulary."""
@@ -166,13 +220,23 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": Divergence(
         term=_jsd_term,
         dterm=lambda lp, lq, b: (1 - b) * _times(lp.exp(), -_log_mix(b, _x(lp, lq))),
+        parameters=(Parameter("weight", 0.5, _strictly_inside("forward_kl", "reverse_kl")),),
     ),
     "skew_kl": Divergence(
         term=_skew_term,
         dterm=lambda lp, lq, a: (a - 1) * _times(lp.exp(), torch.expm1(-_log_mix(1 - a, -_x(lp, lq)))),
+        parameters=(Parameter("alpha", 0.1, _strictly_inside("forward_kl", "reverse_kl")),),
     ),
-    "skew_reverse_kl": Divergence(term=_skew_reverse_term, dterm=_skew_reverse_dterm),
-    "alpha_divergence": Divergence(term=_alpha_term, dterm=_alpha_dterm),
+    "skew_reverse_kl": Divergence(
+        term=_skew_reverse_term,
+        dterm=_skew_reverse_dterm,
+        parameters=(Parameter("alpha", 0.1, _strictly_inside("reverse_kl", "forward_kl")),),
+    ),
+    "alpha_divergence": Divergence(
+        term=_alpha_term,
+        dterm=_alpha_dterm,
+        parameters=(Parameter("alpha", 0.5, _alpha_problem),),
+    ),
     "renyi_divergence": Divergence(
         term=_alpha_term,
         dterm=_alpha_dterm,
@@ -180,6 +244,7 @@ DIVERGENCES: dict[str, Divergence] = {
         merge=_renyi_merge,
         finish=_renyi_finish,
         gradient=_renyi_gradient,
+        parameters=(Parameter("alpha", 0.5, _order_problem),),
     ),
     "entropy": Divergence(  # reads the policy only
         term=lambda lp, _lq: _times(lp.exp(), -lp),
@@ -226,13 +291,12 @@ def _blocks(logits: Tensor, ref_logits: Tensor):
         yield rows, lp, lq
 
 
-def divergence(logits: Tensor, ref_logits: Tensor, name: str, *params: float) -> Tensor:
+def divergence(logits: Tensor, ref_logits: Tensor, name: str, **params: float) -> Tensor:
     """Row `name` of the table, dense: logits [*, V] x [*, V] -> [*], in nats (fp64 for fp64 inputs, else fp32).
 
-    Raises ValueError for shapes that differ, for no vocabulary, and for an unknown name.
+    Raises ValueError for shapes that differ, for no vocabulary, for an unknown name and for a parameter out of range.
     """
-    if name not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {name!r}: choose one of {', '.join(DIVERGENCES)}")
+    row, values = find_divergence(name, params)
     if logits.shape != ref_logits.shape or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} compares two distributions over one vocabulary: got logits {tuple(logits.shape)} and ref_logits "
@@ -240,16 +304,14 @@ def divergence(logits: Tensor, ref_logits: Tensor, name: str, *params: float) ->
         )
     flat = logits.reshape(-1, logits.shape[-1])
     ref_flat = flat if ref_logits is logits else ref_logits.detach().reshape(-1, logits.shape[-1])
-    return _Dense.apply(flat, ref_flat, DIVERGENCES[name], params).reshape(logits.shape[:-1])  # pyright: ignore
+    return _Dense.apply(flat, ref_flat, row, values).reshape(logits.shape[:-1])  # pyright: ignore
 
 
-def _inside(name: str, argument: str, value: float, low_name: str, high_name: str) -> float:
-    if not 0 < value < 1:
-        raise ValueError(
-            f"{name}: {argument} must lie strictly between 0 and 1, got {value}. The end points do not become a KL "
-            f"here; use {low_name} or {high_name} for that."
-        )
-    return float(value)
+def find_divergence(name: str, params: dict[str, float]) -> tuple[Divergence, tuple[float, ...]]:
+    """(row, its parameters in order). Raises ValueError for an unknown name, listing the known ones; see `bind`."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {name!r}: choose one of {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[name], DIVERGENCES[name].bind(name, params)
 
 
 def reverse_kl(logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
@@ -281,42 +343,32 @@ def jsd(logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], weight
     Nats, between 0 and H(weight). jsd/weight -> forward_kl as weight -> 0, jsd/(1 - weight) -> reverse_kl as it -> 1.
     `weight` is that of the reference in the mixture. Source: GKD, arXiv 2306.13649 (its beta).
     """
-    return divergence(logits, ref_logits, "jsd", _inside("jsd", "weight", weight, "forward_kl", "reverse_kl"))
+    return divergence(logits, ref_logits, "jsd", weight=weight)
 
 
 def skew_kl(
     logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], alpha: float = 0.1
 ) -> Float[Tensor, "*B"]:
     """KL(q || alpha q + (1 - alpha) p): a forward KL that stays <= -log(alpha). Nats. Source: DistiLLM, 2402.03898."""
-    return divergence(logits, ref_logits, "skew_kl", _inside("skew_kl", "alpha", alpha, "forward_kl", "reverse_kl"))
+    return divergence(logits, ref_logits, "skew_kl", alpha=alpha)
 
 
 def skew_reverse_kl(
     logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], alpha: float = 0.1
 ) -> Float[Tensor, "*B"]:
     """KL(p || alpha p + (1 - alpha) q): a reverse KL that stays <= -log(alpha). Nats. Source: DistiLLM, 2402.03898."""
-    alpha = _inside("skew_reverse_kl", "alpha", alpha, "reverse_kl", "forward_kl")
-    return divergence(logits, ref_logits, "skew_reverse_kl", alpha)
+    return divergence(logits, ref_logits, "skew_reverse_kl", alpha=alpha)
 
 
 def alpha_divergence(
     logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], alpha: float = 0.5
 ) -> Float[Tensor, "*B"]:
     """(sum_v p^a q^(1-a) - 1) / (a (a - 1)), any a = alpha but 0 and 1. a -> 1: reverse_kl, a -> 0: forward_kl."""
-    if alpha in (0, 1) or alpha != alpha or abs(alpha) == torch.inf:
-        raise ValueError(
-            f"alpha_divergence: alpha must be finite and neither 0 nor 1, got {alpha}. "
-            "Its limits there are forward_kl (alpha = 0) and reverse_kl (alpha = 1)."
-        )
-    return divergence(logits, ref_logits, "alpha_divergence", float(alpha))
+    return divergence(logits, ref_logits, "alpha_divergence", alpha=alpha)
 
 
 def renyi_divergence(
     logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"], alpha: float = 0.5
 ) -> Float[Tensor, "*B"]:
     """log(sum_v p^alpha q^(1-alpha)) / (alpha - 1), alpha > 0 and not 1. Nats. alpha -> 1: reverse_kl."""
-    if not 0 < alpha < torch.inf or alpha == 1:
-        raise ValueError(
-            f"renyi_divergence: alpha must be positive, finite and not 1, got {alpha}. At alpha = 1 it is reverse_kl."
-        )
-    return divergence(logits, ref_logits, "renyi_divergence", float(alpha))
+    return divergence(logits, ref_logits, "renyi_divergence", alpha=alpha)

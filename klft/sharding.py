@@ -85,7 +85,7 @@ class VocabShard:
         """This process within the group."""
         return dist.get_rank(self.group) if dist.is_initialized() else 0
 
-    def gather(self, t: Tensor) -> Tensor:
+    def all_gather(self, t: Tensor) -> Tensor:
         """[*] -> [W, *]: every rank's tensor (all of one shape), on every rank, in rank order."""
         if self.world == 1:
             return t.unsqueeze(0)
@@ -93,13 +93,13 @@ class VocabShard:
         dist.all_gather(parts, t.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def sum(self, t: Tensor) -> Tensor:
+    def all_reduce_(self, t: Tensor) -> Tensor:
         """Sum over ranks, on every rank, in place: what each rank's rows add to the gradient of the hidden states."""
         if self.world > 1:
             dist.all_reduce(t, group=self.group)
         return t
 
-    def sum_of_mine(self, t: Tensor) -> Tensor:
+    def reduce_scatter(self, t: Tensor) -> Tensor:
         """[W * n, D] -> [n, D]: the sum over ranks of the part that belongs to this rank's tokens."""
         if self.world == 1:
             return t

@@ -1,4 +1,4 @@
-"""Exact KL, entropies and log-probabilities from hidden states: the logits never exist whole.
+"""Public functions on hidden states and heads: token_scores, linear_divergence, fused_token_loss.
 
     head, ref_head = LMHead.from_model(policy), LMHead.from_model(reference)
     scores = token_scores(hidden, head, token_ids, ref_hidden, ref_head)           # everything about a token, [N] each
@@ -7,14 +7,12 @@
     loss.backward()
 
 A head is a klft.heads.LMHead, whole or this process's rows (klft.sharding). All are differentiable in `hidden`,
-`head.weight` and `head.bias`, never in the reference's side. The first two make their tiles a second time in the
-backward; `fused_token_loss` takes the gradient while the tile is there: four matrix products in all.
-Source of the idea of tiles: arXiv 2411.09009.
-On a CPU several Python threads share the work; a FLOP counter or a profiler that watches its own thread only sees all
+`head.weight` and `head.bias`, never on the reference's side. The first two recompute their tiles in the backward;
+`fused_token_loss` takes the gradient while the tile is there: four matrix products in all.
+On a CPU several Python threads share the work; a FLOP counter or a profiler that watches only its own thread sees all
 of it under torch.set_num_threads(1).
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,20 +21,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klft import divergences
-from klft.divergences import DIVERGENCES
+from klft.divergences import find_divergence
 from klft.fused import torch_backend
-from klft.fused.functions import Row, Scored, TokenLoss
-from klft.fused.model_side import Side
-from klft.fused.plan import Problem
+from klft.fused.collectives import Collectives
+from klft.fused.functions import DivergencePerToken, Scores, TokenLoss
+from klft.fused.model_side import ModelSide
+from klft.fused.plan import FusedPlan, make_plan
 from klft.fused.tile import EXACT
+from klft.heads import LMHead
 from klft.scores import TokenScores
 
-# Logits of one model that a tile may hold (one token at least), its tokens, and the logits of a slice of it, which stay
-# in a CPU's cache. See benchmarks/README.md.
-CPU_TILE, TILE = 5 << 23, 1 << 28
-CPU_TOKENS, TOKENS = 512, 1 << 14
-CPU_SLICE, SLICE = 1 << 18, 1 << 24
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -59,7 +53,7 @@ def _backend(name: str, device: torch.device) -> Any:
     return triton_backend
 
 
-def _check(hidden: Tensor, head: Any, role: str, n: int) -> None:
+def _check_hidden(hidden: Tensor, head: LMHead, role: str, n: int) -> None:
     if hidden.dim() != 2 or hidden.shape != (n, head.weight.shape[1]):
         raise ValueError(
             f"{role}: expected hidden states [N, D] = [{n}, {head.weight.shape[1]}], got {list(hidden.shape)}. Flatten "
@@ -67,45 +61,46 @@ def _check(hidden: Tensor, head: Any, role: str, n: int) -> None:
         )
 
 
-def _problem(
+def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
+    low, high = (int(token_ids.min()), int(token_ids.max())) if token_ids.numel() else (None, None)
+    if token_ids.dim() != 1 or (low is not None and high is not None and not 0 <= low <= high < vocab_size):
+        raise ValueError(
+            f"token_ids must be [N] ids in 0..{vocab_size - 1}, got shape {list(token_ids.shape)} with values from "
+            f"{low} to {high}. Drop masked tokens (-100) before."
+        )
+
+
+def plan_of(
     hidden: Tensor,
-    head: Any,
+    head: LMHead,
     token_ids: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_head: Any,
-    temperature: float,
+    ref_hidden: Tensor | None = None,
+    ref_head: LMHead | None = None,
+    temperature: float = 1.0,
     backend: str = "auto",
-) -> Problem:
-    """Checked inputs. Raises ValueError for shapes, vocabularies, ids and temperatures that cannot be right."""
+) -> FusedPlan:
+    """Checked inputs, cut. Raises ValueError for shapes, vocabularies, ids and temperatures that cannot be right."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
     if (ref_hidden is None) != (ref_head is None):
         raise ValueError("ref_hidden and ref_head belong together: give both or neither")
     n = hidden.shape[0] if token_ids is None else token_ids.shape[0]
-    vocab_size = head.rows
-    _check(hidden, head, "the policy", n)
+    _check_hidden(hidden, head, "the policy", n)
     if token_ids is None:
         token_ids = torch.zeros(n, dtype=torch.long, device=hidden.device)
-    elif token_ids.dim() != 1 or (n and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size):
-        raise ValueError(
-            f"token_ids must be [N] ids in 0..{vocab_size - 1}, got shape {list(token_ids.shape)} with values from "
-            f"{int(token_ids.min()) if token_ids.numel() else None} to "
-            f"{int(token_ids.max()) if token_ids.numel() else None}. Drop masked tokens (-100) before."
-        )
-    policy, reference = Side(hidden, head, temperature), None
+    else:
+        _check_ids(token_ids, head.rows)
+    policy, reference = ModelSide(hidden, head, temperature), None
     if ref_hidden is not None and ref_head is not None:
-        _check(ref_hidden, ref_head, "the reference", n)
-        ref_head = _beside(head, ref_head)
-        reference = Side(ref_hidden, ref_head, temperature, policy.wide)
-    on_cpu, device = hidden.device.type == "cpu", hidden.device
-    elements, tokens, of_slice = (CPU_TILE, CPU_TOKENS, CPU_SLICE) if on_cpu else (TILE, TOKENS, SLICE)
-    wants, kernels = hidden.requires_grad and torch.is_grad_enabled(), _backend(backend, device)
-    if kernels is not torch_backend:
-        of_slice = None  # its kernels go through a tile as it is
-    return Problem(policy, reference, token_ids, head.shard, elements, tokens, of_slice, wants, kernels)
+        _check_hidden(ref_hidden, ref_head, "the reference", n)
+        reference = ModelSide(ref_hidden, _same_rows(head, ref_head), temperature, policy.acc_dtype)
+    wants_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return make_plan(
+        policy, reference, token_ids, Collectives(head.shard), _backend(backend, hidden.device), wants_grad
+    )
 
 
-def _beside(head: Any, ref_head: Any) -> Any:
+def _same_rows(head: LMHead, ref_head: LMHead) -> LMHead:
     """The reference's head with the same rows as the policy's."""
     if ref_head.rows != head.rows:
         raise ValueError(
@@ -125,10 +120,10 @@ def _beside(head: Any, ref_head: Any) -> Any:
 
 def token_scores(
     hidden: Float[Tensor, "N D"],
-    head: Any,
+    head: LMHead,
     token_ids: Int[Tensor, "N"],
     ref_hidden: Float[Tensor, "N E"] | None = None,
-    ref_head: Any = None,
+    ref_head: LMHead | None = None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -139,41 +134,29 @@ def token_scores(
     entropy (and top_ids, top_p) are there. With `top_k` both models' k most likely tokens and their probabilities.
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
     """
-    problem = _problem(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+    plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
     if not 0 <= top_k <= head.rows:
         raise ValueError(f"token_scores: top_k must lie in 0..{head.rows} (the vocabulary), got {top_k}")
     both = ref_hidden is not None
     names = ("logp", "entropy", "ref_logp", "ref_entropy", "reverse_kl", "forward_kl") if both else ("logp", "entropy")
-    tops = top_k if both or top_k else -1
-    outputs: Any = Scored.apply(hidden, head.weight, head.bias, problem, names, tops)
+    wanted = top_k if both or top_k else -1  # top-1 agreement needs each model's best token
+    outputs: Any = Scores.apply(hidden, head.weight, head.bias, plan, names, wanted)
     scores = TokenScores(**dict(zip(names, outputs, strict=False)))
-    found = outputs[len(names) :]
+    tops = outputs[len(names) :]
     if both:
-        scores.top1_agree = found[1][:, 0] == found[3][:, 0]
+        scores.top1_agree = tops[1][:, 0] == tops[3][:, 0]
     if top_k:
-        scores.top_p, scores.top_ids = found[0].exp(), found[1]
+        scores.top_p, scores.top_ids = tops[0].exp(), tops[1]
         if both:
-            scores.ref_top_p, scores.ref_top_ids = found[2].exp(), found[3]
+            scores.ref_top_p, scores.ref_top_ids = tops[2].exp(), tops[3]
     return scores
-
-
-def _parameters(divergence: str, params: dict[str, float]) -> tuple[float, ...]:
-    """The row's parameters in order, with defaults, checked as the dense function checks them."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}")
-    dense = getattr(divergences, divergence)
-    point = [torch.zeros(1)] * (1 if divergence == "entropy" else 2)
-    bound = inspect.signature(dense).bind(*point, **params)
-    bound.apply_defaults()
-    dense(*bound.args, **bound.kwargs)
-    return tuple(float(value) for value in bound.args[len(point) :])
 
 
 def linear_divergence(
     hidden: Float[Tensor, "N D"],
-    head: Any,
+    head: LMHead,
     ref_hidden: Float[Tensor, "N E"],
-    ref_head: Any,
+    ref_head: LMHead,
     *,
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
@@ -185,21 +168,21 @@ def linear_divergence(
     Equal to the dense function on head.logits(hidden) / temperature, and so is the gradient.
     Raises ValueError for an unknown name or a parameter that the dense function refuses, TypeError for one it has not.
     """
-    values = _parameters(divergence, params)
-    problem = _problem(hidden, head, None, ref_hidden, ref_head, temperature, backend)
+    _, values = find_divergence(divergence, params)
+    plan = plan_of(hidden, head, None, ref_hidden, ref_head, temperature, backend)
     if divergence in EXACT:
-        (result,) = Scored.apply(hidden, head.weight, head.bias, problem, (divergence,), -1)  # pyright: ignore
+        (result,) = Scores.apply(hidden, head.weight, head.bias, plan, (divergence,), -1)  # pyright: ignore
         return result
-    return Row.apply(hidden, head.weight, head.bias, problem, divergence, values)  # pyright: ignore
+    return DivergencePerToken.apply(hidden, head.weight, head.bias, plan, divergence, values)  # pyright: ignore
 
 
 def fused_token_loss(
     loss_fn: Callable[..., Tensor],
     hidden: Float[Tensor, "N D"],
-    head: Any,
+    head: LMHead,
     token_ids: Int[Tensor, "N"],
     ref_hidden: Float[Tensor, "N E"] | None = None,
-    ref_head: Any = None,
+    ref_head: LMHead | None = None,
     *,
     temperature: float = 1.0,
     per_token: Sequence[Tensor] = (),
@@ -215,7 +198,7 @@ def fused_token_loss(
     Values in nats where the scores are. A second backward (retain_graph) runs loss_fn again. Raises ValueError where a
     gradient would be lost, and for what token_scores refuses.
     """
-    problem = _problem(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+    plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
     for t in per_token:
         if t.requires_grad or len(t) != len(token_ids):
             raise ValueError(
@@ -227,4 +210,4 @@ def fused_token_loss(
     leaves = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
         leaves = tuple(None if t is None else t.detach() for t in leaves)
-    return TokenLoss.apply(*leaves, problem, loss_fn, constants)  # pyright: ignore
+    return TokenLoss.apply(*leaves, plan, loss_fn, constants)  # pyright: ignore

@@ -1,116 +1,141 @@
-"""The autograd functions behind klft.fused.api."""
+"""The torch.autograd.Functions behind klft.fused.api, and how a loss is taken chunk by chunk.
+
+All three walk over the plan's chunks. Of a chunk they make a Tile (both models' logits), read what is asked, and take a
+logit gradient dz back through the head:
+
+    grad_hidden = dz @ weight            over shards: summed (all-reduce, or reduce-scatter with data-parallel tokens)
+    grad_weight = dz.T @ hidden          of this process's rows only: no collective
+    grad_bias   = dz.sum over tokens     likewise
+
+Scores and DivergencePerToken recompute the tile in their backward. TokenLoss takes the gradient in its forward, while
+the tile is there: four matrix products instead of six.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from klft.divergences import DIVERGENCES
-from klft.fused.plan import Problem
-from klft.fused.tile import DIFFERENTIABLE, EXACT, Tile
+from klft.fused.gradients import Gradients
+from klft.fused.plan import FusedPlan
+from klft.fused.tile import DIFFERENTIABLE, EXACT, DivergenceGradient, ScoresGradient, Tile
 
 
-class Scored(torch.autograd.Function):
-    """The named quantities [N] each; tiles are made again in the backward."""
+def _cat(parts: list[Tensor], plan: FusedPlan) -> Tensor:
+    """Chunks' results one after the other; empty without a token."""
+    return torch.cat(parts) if parts else plan.policy.hidden.new_zeros(0, dtype=plan.policy.acc_dtype)
+
+
+class Scores(torch.autograd.Function):
+    """The named scores [N] each; with top_k >= 0 also (log-probabilities, ids) [N, max(top_k, 1)] of each model.
+
+    Collectives per chunk: forward two (log-sum-exps with sampled logits, then sums) and two more per model for top_k;
+    backward the factors' gather and grad_hidden's reduce-scatter (data-parallel tokens); after the last chunk
+    grad_hidden's all-reduce (tensor parallel).
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, names: tuple[str, ...], top_k: int):
-        # The problem holds them all, cast; saved only so that autograd sees if one changes before the backward.
-        ctx.save_for_backward(hidden, weight, bias, *problem.constants())
-        parts, ctx.facts, extra = [], [], []
-        for rows in problem.chunks:
-            tile = Tile(problem, rows)
-            tops = tile.top(max(top_k, 1)) if top_k >= 0 else []
+    def forward(ctx, hidden, weight, bias, plan: FusedPlan, names: tuple[str, ...], top_k: int):
+        # The plan holds them all, cast; saved only so that autograd sees if one changes before the backward.
+        ctx.save_for_backward(hidden, weight, bias, *plan.constants())
+        ctx.plan, ctx.names, ctx.saved = plan, names, []
+        workspaces, scores, tops = plan.workspaces(), [], []
+        for chunk in plan.chunks:
+            tile = Tile(plan, chunk, workspaces)
+            top = tile.top_k(max(top_k, 1)) if top_k >= 0 else []
             tile.measure(names)
-            # What a backward needs of this tile: small, and it saves the collectives.
-            ctx.facts.append((tile.lse, tile.values, tile.bad))
+            # What the backward needs of this tile: small, and it saves the collectives.
+            ctx.saved.append((tile.log_z, tile.values, tile.nonfinite))
             values = tile.values | {"logp": tile.logp, "ref_logp": tile.ref_logp}
-            parts.append([problem.mine(values[name], rows) for name in names])  # pyright: ignore
-            extra.append([problem.mine(t, rows) for t in tops])
-        ctx.problem, ctx.names = problem, names
-        none = problem.policy.hidden.new_zeros(0, dtype=problem.policy.wide)
-        outputs = [torch.cat([p[i] for p in parts]) if parts else none.clone() for i in range(len(names))]
-        if extra:
-            outputs += [torch.cat(e) for e in zip(*extra, strict=True)]
+            scores.append([plan.local(values[name], chunk) for name in names])  # pyright: ignore
+            tops.append([plan.local(t, chunk) for t in top])
+        outputs = [_cat([each[i] for each in scores], plan) for i in range(len(names))]
+        if tops:
+            outputs += [torch.cat(each) for each in zip(*tops, strict=True)]
         elif top_k >= 0:  # no tokens: the same fields, empty
-            none = none.new_zeros(0, max(top_k, 1))
-            outputs += [t for _ in problem.sides for t in (none.clone(), none.long())]
+            empty = plan.policy.hidden.new_zeros(0, max(top_k, 1), dtype=plan.policy.acc_dtype)
+            outputs += [t for _ in plan.sides for t in (empty.clone(), empty.long())]
         constant = [t for t, name in zip(outputs, names, strict=False) if name not in DIFFERENTIABLE]
         ctx.mark_non_differentiable(*constant, *outputs[len(names) :])
-        problem.free()
+        plan.free()
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outputs):
         _ = ctx.saved_tensors  # raises if one was changed in place
-        problem, names = ctx.problem, ctx.names
-        grads = problem.new_gradients(*ctx.needs_input_grad[:3])
-        g_all = {n: g for n, g in zip(names, grad_outputs, strict=False) if n in DIFFERENTIABLE}
-        for rows, (lse, values, bad) in zip(problem.chunks, ctx.facts, strict=True):
-            tile = Tile(problem, rows, lse)
-            tile.values, tile.bad = values, bad.clone()
-            g = problem.factors({n: t[rows] for n, t in g_all.items()})
-            _send_back(problem, tile, rows, grads, g)
-        problem.finish(grads)
-        problem.free()
-        return grads.hidden, grads.weight, grads.bias, None, None, None
+        plan: FusedPlan = ctx.plan
+        gradients, workspaces = Gradients(plan, *ctx.needs_input_grad[:3]), plan.workspaces()
+        by_name = {n: g for n, g in zip(ctx.names, grad_outputs, strict=False) if n in DIFFERENTIABLE}
+        for chunk, (log_z, values, nonfinite) in zip(plan.chunks, ctx.saved, strict=True):
+            tile = Tile(plan, chunk, workspaces, log_z)
+            tile.values, tile.nonfinite = values, nonfinite
+            g = plan.comm.all_gather_factors({n: t[chunk] for n, t in by_name.items()}, plan.geometry.chunk_size)
+            _add_scores(gradients, tile, chunk, g)
+        grads = gradients.finish()
+        plan.free()
+        return *grads, None, None, None
 
 
-def _send_back(problem: Problem, tile: Tile, rows: slice, grads: Any, g: dict[str, Tensor]) -> None:
-    dead = torch.stack([t == 0 for t in g.values()]).all(0)
-    problem.send_back(tile, tile.logit_gradient(g), rows, grads, dead)
+def _add_scores(gradients: Gradients, tile: Tile, chunk: slice, g: dict[str, Tensor]) -> None:
+    """Add sum of g * d score; tokens whose g are all 0 get none, whatever their logits are."""
+    zero_grad = torch.stack([t == 0 for t in g.values()]).all(0)
+    gradients.add_tile(tile, chunk, ScoresGradient(tile, g), zero_grad)
 
 
-class Row(torch.autograd.Function):
-    """One row of the table [N]; tiles are made again in the backward."""
+class DivergencePerToken(torch.autograd.Function):
+    """One row of klft.divergences.DIVERGENCES, [N]. Collectives as those of Scores."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, name: str, params: tuple[float, ...]):
-        ctx.save_for_backward(hidden, weight, bias, *problem.constants())
-        row, parts, ctx.facts = DIVERGENCES[name], [], []
-        for rows in problem.chunks:
-            tile = Tile(problem, rows)
-            totals, slope = tile.row_totals(row, params)
-            ctx.facts.append((tile.lse, totals, slope))
-            parts.append(problem.mine(row.finish(totals, *params), rows))
-        ctx.problem, ctx.row, ctx.params = problem, row, params
-        problem.free()
-        return torch.cat(parts) if parts else problem.policy.hidden.new_zeros(0, dtype=problem.policy.wide)
+    def forward(ctx, hidden, weight, bias, plan: FusedPlan, name: str, params: tuple[float, ...]):
+        ctx.save_for_backward(hidden, weight, bias, *plan.constants())
+        ctx.plan, ctx.row, ctx.params, ctx.saved = plan, DIVERGENCES[name], params, []
+        workspaces, parts = plan.workspaces(), []
+        for chunk in plan.chunks:
+            tile = Tile(plan, chunk, workspaces)
+            totals, slope = tile.totals(ctx.row, params)
+            ctx.saved.append((tile.log_z, totals, slope))
+            parts.append(plan.local(ctx.row.finish(totals, *params), chunk))
+        plan.free()
+        return _cat(parts, plan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         _ = ctx.saved_tensors
-        problem = ctx.problem
-        grads = problem.new_gradients(*ctx.needs_input_grad[:3])
-        for rows, (lse, totals, slope) in zip(problem.chunks, ctx.facts, strict=True):
-            tile = Tile(problem, rows, lse)
-            g = problem.factors({"g": grad_output[rows]})["g"]
-            dz = tile.row_gradient(ctx.row, ctx.params, totals, slope, g)
-            problem.send_back(tile, dz, rows, grads, g == 0)
-        problem.finish(grads)
-        problem.free()
-        return grads.hidden, grads.weight, grads.bias, None, None, None
+        plan: FusedPlan = ctx.plan
+        gradients, workspaces = Gradients(plan, *ctx.needs_input_grad[:3]), plan.workspaces()
+        for chunk, (log_z, totals, slope) in zip(plan.chunks, ctx.saved, strict=True):
+            tile = Tile(plan, chunk, workspaces, log_z)
+            g = plan.comm.all_gather_factors({"g": grad_output[chunk]}, plan.geometry.chunk_size)["g"]
+            gradients.add_tile(tile, chunk, DivergenceGradient(tile, ctx.row, ctx.params, totals, slope, g), g == 0)
+        grads = gradients.finish()
+        plan.free()
+        return *grads, None, None, None
 
 
-class _ChunkScores:
-    """A chunk's TokenScores, each computed when it is first read: a loss pays for what it uses."""
+# ---- a loss, chunk by chunk -----------------------------------------------------------------------------------------
 
-    def __init__(self, problem: Problem, tile: Tile, rows: slice):
-        self._problem, self._tile, self._rows = problem, tile, rows
+
+class ChunkScores:
+    """A chunk's TokenScores [n] each, computed when first read: a loss pays for what it uses.
+
+    Over shards all are computed at once: ranks whose losses read different scores must meet in the same collectives.
+    """
+
+    def __init__(self, tile: Tile, chunk: slice):
+        self._tile, self._chunk = tile, chunk
         self._leaves: dict[str, Tensor] = {}
-        if problem.shard is not None:
-            # All at once, so that ranks whose losses read different scores still meet in the same collectives.
-            tile.measure(EXACT if tile.y is not None else EXACT[:1])
+        if tile.plan.comm.shard is not None:
+            tile.measure(EXACT if tile.plan.reference is not None else EXACT[:1])
 
     def __getattr__(self, name: str) -> Tensor:
-        tile = self._tile
+        tile, plan = self._tile, self._tile.plan
         if name in ("logp", "ref_logp"):
             value = getattr(tile, name)
-        elif name in EXACT and (tile.y is not None or name == "entropy"):
+        elif name in EXACT and (plan.reference is not None or name == "entropy"):
             tile.measure((name,))
             value = tile.values[name]
         else:
@@ -119,31 +144,29 @@ class _ChunkScores:
         if value is None:
             raise AttributeError(f"{name} needs ref_hidden and ref_head")
         # A copy: the tile's own value is read again for the gradient.
-        leaf = self._problem.mine(value, self._rows).clone().requires_grad_(name in DIFFERENTIABLE)
+        leaf = plan.local(value, self._chunk).clone().requires_grad_(name in DIFFERENTIABLE)
         if name in DIFFERENTIABLE:
             self._leaves[name] = leaf
         setattr(self, name, leaf)
         return leaf
 
     def gradients(self, loss: Tensor, factor: Tensor | None) -> dict[str, Tensor]:
-        """factor * d loss / d score for every token of the tile."""
-        used = dict(self._leaves)
+        """factor * d loss / d score, for every token of the tile, by the scores that were read."""
+        plan, g = self._tile.plan, {}
         if loss.requires_grad:
-            _check_captured(loss, used)
-            found = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
-            used = dict(zip(used, [t if factor is None else t * factor for t in found], strict=True))
-        else:
-            used = {}
-        if self._problem.shard is not None:  # every rank takes part, whatever its own loss read
-            zeros = torch.zeros_like(self._problem.mine(self._tile.logp, self._rows))  # pyright: ignore
-            names = DIFFERENTIABLE if self._tile.y is not None else DIFFERENTIABLE[:2]
-            used = {name: used.get(name, zeros) for name in names}
-        return self._problem.factors(used)
+            _check_captured(loss, self._leaves)
+            grads = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True, materialize_grads=True)
+            g = dict(zip(self._leaves, [t if factor is None else t * factor for t in grads], strict=True))
+        if plan.comm.shard is not None:  # every rank takes part, whatever its own loss read
+            zeros = torch.zeros_like(plan.local(self._tile.logp, self._chunk))  # pyright: ignore
+            names = DIFFERENTIABLE if plan.reference is not None else DIFFERENTIABLE[:2]
+            g = {name: g.get(name, zeros) for name in names}
+        return plan.comm.all_gather_factors(g, plan.geometry.chunk_size)
 
 
 def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
     """Raise ValueError if the loss depends on another differentiable tensor: its gradient would be lost."""
-    mine = {id(leaf) for leaf in leaves.values()}
+    own = {id(leaf) for leaf in leaves.values()}
     seen, todo = set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -151,7 +174,7 @@ def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in mine:
+        if variable is not None and id(variable) not in own:
             raise ValueError(
                 "fused_token_loss: loss_fn's result depends on a differentiable tensor from outside (shape "
                 f"{list(variable.shape)}), whose gradient would be lost. Detach it, or add its part outside."
@@ -159,51 +182,57 @@ def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
         todo += [parent for parent, _ in node.next_functions]
 
 
-def _loss_and_gradients(
-    problem: Problem,
-    loss_fn: Callable,
+def loss_and_gradients(
+    plan: FusedPlan,
+    loss_fn: Callable[..., Tensor],
     per_token: Sequence[Tensor],
     wanted: Sequence[bool],
     factor: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The sum of loss_fn over chunks, and the gradients of hidden, weight and bias, made while each tile is there."""
-    grads = problem.new_gradients(*wanted)
-    total = problem.policy.hidden.new_zeros((), dtype=problem.policy.wide)
-    for rows in problem.chunks:
-        tile = Tile(problem, rows)
-        scores = _ChunkScores(problem, tile, rows)
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """(sum of loss_fn over chunks, factor * its gradients in hidden, weight and bias), one tile at a time."""
+    gradients, workspaces = Gradients(plan, *wanted), plan.workspaces()
+    total = plan.policy.hidden.new_zeros((), dtype=plan.policy.acc_dtype)
+    for chunk in plan.chunks:
+        # 1. Both models' logits of these tokens.
+        tile = Tile(plan, chunk, workspaces)
+        scores = ChunkScores(tile, chunk)
+        # 2. The user's loss on the scores of this process's tokens: a small autograd graph of its own.
         with torch.enable_grad():
-            loss = loss_fn(scores, *(t[rows] for t in per_token))
+            loss = loss_fn(scores, *(t[chunk] for t in per_token))
         if loss.dim():
             raise ValueError(f"fused_token_loss: loss_fn must return a scalar, got shape {list(loss.shape)}")
         total += loss.detach()
+        # 3. d loss / d score, then through the scores to the logits and through the head, while the tile is there.
         if any(wanted):
             g = scores.gradients(loss, factor)
             if g:
-                _send_back(problem, tile, rows, grads, g)
-    problem.finish(grads)
-    problem.free()
-    return total, [grads.hidden, grads.weight, grads.bias]
+                _add_scores(gradients, tile, chunk, g)
+    grads = gradients.finish()
+    plan.free()
+    return total, grads
 
 
 class TokenLoss(torch.autograd.Function):
-    """The sum of loss_fn over chunks; its gradients wait for the backward."""
+    """The sum of loss_fn over chunks; its gradients, made in the forward, wait for the backward.
+
+    The backward's one collective (data-parallel tokens only) asks whether all ranks weigh their losses alike.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem: Problem, loss_fn: Callable, per_token: Sequence[Tensor]):
-        ctx.save_for_backward(hidden, weight, bias, *problem.constants(*per_token))
-        ctx.problem = problem
-        ctx.again = functools.partial(_loss_and_gradients, problem, loss_fn, per_token, ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, plan: FusedPlan, loss_fn: Callable, per_token: Sequence[Tensor]):
+        ctx.save_for_backward(hidden, weight, bias, *plan.constants(*per_token))
+        ctx.plan = plan
+        ctx.again = functools.partial(loss_and_gradients, plan, loss_fn, per_token, ctx.needs_input_grad[:3])
         total, ctx.grads = ctx.again()
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        problem = ctx.problem
-        factors = problem.shard.gather(grad_output) if problem.apart else grad_output[None]
+        comm = ctx.plan.comm
+        factors = comm.all_gather(grad_output) if comm.dp_tokens else grad_output[None]
         if ctx.grads is None or not bool((factors == factors[0]).all()):
-            # A second backward; or processes that weigh their losses differently, which the rows' gradient must know.
+            # A second backward; or ranks that weigh their losses differently, which the rows' gradient must know.
             _, ctx.grads = ctx.saved_tensors, None
             return *ctx.again(factor=grad_output)[1], None, None, None
         # Handed over, not kept: the weight's gradient is the largest thing here. A second backward makes it anew.

@@ -1,283 +1,320 @@
-"""Tiles: a chunk of tokens against both heads, and everything that is read off it or sent back through it.
+"""A tile: the logits of one chunk of tokens under both models, and what is read off them.
 
-`Problem` holds the two models' hidden states and heads and deals out tiles; a `Tile` holds the logits [n, rows of the
-vocabulary that live here] and knows the collectives. Nothing larger than two tiles ever exists.
-
-A tile is worked on slice by slice, a slice being a few rows of the vocabulary: logits, sums and gradients of one are
-made while it is in the cache, by threads that have slices of their own. On a GPU slices are large, or the whole tile.
+Every method goes through the tile block by block (plan.for_each_block), then puts the blocks of this process together,
+then those of the other shards (one collective). Per-token results are over the whole vocabulary; with data-parallel
+tokens they are of every rank's tokens, [ranks * chunk_size].
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from klft.divergences import DIVERGENCES, Divergence
-from klft.fused.torch_backend import Norm
+from klft.fused.plan import FusedPlan
+from klft.fused.torch_backend import Coefficients, Norm
 
-if TYPE_CHECKING:
-    from klft.fused.plan import Problem
-
-EXACT = ("entropy", "ref_entropy", "reverse_kl", "forward_kl")  # the order of exact_sums
+EXACT = ("entropy", "ref_entropy", "reverse_kl", "forward_kl")  # the order of a backend's exact_sums
 DIFFERENTIABLE = ("logp", "entropy", "reverse_kl", "forward_kl")
 
 
-class Tile:
-    """n tokens' logits under both models, over the whole vocabulary, as far as its rows live here.
+class LogZ(NamedTuple):
+    """log(sum of exp(logits)) = row_max + log(sum_exp), over the vocabulary; [M, n] each."""
 
-    `lse`: the log-sum-exps [2, models, n] (a peak, and the sum of exponentials that is left), if an earlier pass over
-    these tokens has them; no collective is needed then.
+    row_max: Tensor
+    sum_exp: Tensor
+
+
+class Tile:
+    """n tokens' logits under both models, over the vocabulary rows of this process, shifted by a max per row.
+
+    log_z: from an earlier pass over the same chunk; then no collective is needed, and there is no logp.
+
+    Attributes: hidden [n, D] per model; token_ids [n], relative to this process's first row; z, y [n, v]: logits of
+    policy and reference (the policy's twice if it is alone); logp, ref_logp [n]; values: the exact quantities by name,
+    see `measure`; nonfinite [n]: tokens that the backend's formulas cannot do, and the fallback does; norm of all
+    blocks, [K, n] each, and norms, one per block.
     """
 
-    def __init__(self, problem: "Problem", rows: slice, lse: Tensor | None = None):
-        self.problem, self.shard, self.backend = problem, problem.shard, problem.backend
-        self.hidden = [side.operand(problem.everyones(side.hidden[rows])) for side in problem.sides]
-        self.ids = problem.everyones(problem.ids[rows]) - (0 if self.shard is None else self.shard.start)
-        self.logits = [side.tile(len(self.ids), problem.sliced) for side in problem.sides]
-        self.z, self.y = self.logits[0], self.logits[1] if problem.reference else None
-        self.here = (self.ids >= 0) & (self.ids < self.z.shape[1])
-        self.pieces = [t.split(problem.step, 1) for t in self.logits]
-        shape = (len(problem.slices), len(self.logits), len(self.ids))
-        self.peaks = self.z.new_empty(shape) if lse is None else lse[0].expand(shape)
+    def __init__(self, plan: FusedPlan, chunk: slice, workspaces: list[Any], log_z: LogZ | None = None):
+        self.plan, self.workspaces, size = plan, workspaces, plan.geometry.chunk_size
+        self.hidden = [side.operand(plan.comm.all_gather_tokens(side.hidden[chunk], size)) for side in plan.sides]
+        self.token_ids = plan.comm.all_gather_tokens(plan.token_ids[chunk], size) - plan.first_row
+        logits = [side.tile(len(self.token_ids), plan.backend.VOCAB_MAJOR) for side in plan.sides]
+        self.z, self.y = logits[0], logits[-1]
+        self.is_local = (self.token_ids >= 0) & (self.token_ids < self.z.shape[1])  # whose row lives here
+        blocks = [t.split(plan.geometry.block_size, 1) for t in logits]
+        self.z_blocks, self.y_blocks = blocks[0], blocks[-1]
         self.logp = self.ref_logp = None
-        local = problem.each(lambda part, room: self._fold(part, room, lse is not None))
-        self.lse = self._combine(_merge(torch.stack(local))) if lse is None else lse
-        self.bad = self.here.new_zeros(len(self.ids)) if self.logp is None else ~self.logp.isfinite()
         self.values: dict[str, Tensor] = {}
+        if log_z is None:
+            self.log_z, row_max = self._log_z(blocks)
+            assert self.logp is not None
+            self.nonfinite = ~self.logp.isfinite()
+        else:
+            self.log_z, row_max = log_z, log_z.row_max.expand(len(blocks[0]), *log_z.row_max.shape)
+            self._fill(blocks, log_z)
+            self.nonfinite = torch.zeros_like(self.is_local)
+        self._set_norm(row_max)
 
-    def _fold(self, part: range, room: Tensor | None, known: bool) -> Any:
-        """Logits of some slices, each less its peak; their log-sum-exp [2, models, n], unless that is known."""
-        peaks = self.peaks[part.start : part.stop]
-        totals = torch.empty_like(peaks)
-        for m, (side, hidden) in enumerate(zip(self.problem.sides, self.hidden, strict=True)):
-            for i, peak, total in zip(part, peaks[:, m], totals[:, m], strict=True):
-                z = self.pieces[m][i]
-                side.logits(hidden, self.problem.slices[i], z)
-                if known:
-                    z.sub_(peak[:, None])
-                else:
-                    self.backend.fold_(z, peak, total, room)
-        return None if known else _merge(torch.stack([peaks, totals], 1))
+    # ---- logits and their log-sum-exp --------------------------------------------------------------------------------
 
-    def _combine(self, local: Tensor) -> Tensor:
-        """The log-sum-exps over all processes; sets logp and ref_logp on the way."""
-        picked = torch.stack([self._picked(t) for t in self.logits])
-        at = (self.ids // self.problem.step).clamp(0, len(self.peaks) - 1)  # whose slice it is
-        picked += self.peaks[at, :, torch.arange(len(at), device=at.device)].t()
-        here = self.here.to(picked).expand_as(picked)
-        parts = self._gather(torch.stack([*local, picked - local[0], here]))
-        lse = _merge(parts[:, :2])
-        logps = parts[:, 2] + (parts[:, 0] - lse[0]) - _logs(lse[1])
-        logps = torch.where(parts[:, 3] > 0, logps, 0.0).sum(0)
-        self.logp, self.ref_logp = logps[0], logps[1] if self.y is not None else None
-        return lse
+    def _fill(self, blocks: list[tuple[Tensor, ...]], log_z: LogZ) -> None:
+        """Logits of all blocks, shifted by a known row max."""
 
-    def _picked(self, t: Tensor) -> Tensor:
-        """What the sampled token has in t, on the rank that holds it; 0 on the others."""
-        if t.shape[1] == 0:
-            return t.new_zeros(len(t))
-        found = t.gather(1, self.ids.clamp(0, t.shape[1] - 1)[:, None]).squeeze(1)
-        return torch.where(self.here, found, 0.0)
+        def fill(i: int, _workspace: Any) -> None:
+            for m, side in enumerate(self.plan.sides):
+                z = blocks[m][i]
+                side.logits_(self.hidden[m], self.plan.geometry.vocab_blocks[i], z)
+                z.sub_(log_z.row_max[m, :, None])
 
-    def _gather(self, t: Tensor) -> Tensor:
-        return t[None] if self.shard is None else self.shard.gather(t)
+        self.plan.for_each_block(fill, self.workspaces)
 
-    def _part(self, part: range) -> tuple[Sequence[Tensor], Sequence[Tensor], Norm]:
-        """Some slices of both models' logits (the policy's twice if it is alone), and what makes p and q of them."""
-        zs, ys = (t[part.start : part.stop] for t in (self.pieces[0], self.pieces[-1]))
-        # Below 0 only where a slice has no finite logit: its exponentials, 0, need a weight that is a number.
-        below = (self.lse[0] - self.peaks[part.start : part.stop]).clamp(min=0)
-        logs, weights = below + _logs(self.lse[1]), torch.exp(-below) / self.lse[1]
+    def _log_z(self, blocks: list[tuple[Tensor, ...]]) -> tuple[LogZ, Tensor]:
+        """Logits of all blocks, each shifted by its own row max; (log_z, the blocks' row max [K, M, n]). Sets logp."""
+        row_max = self.z.new_empty(len(blocks[0]), len(blocks), len(self.token_ids))
+        sum_exp = torch.empty_like(row_max)
+
+        def fill(i: int, workspace: Any) -> None:
+            for m, side in enumerate(self.plan.sides):
+                z = blocks[m][i]
+                side.logits_(self.hidden[m], self.plan.geometry.vocab_blocks[i], z)
+                self.plan.backend.shift_by_max_(z, row_max[i, m], sum_exp[i, m], workspace)
+
+        self.plan.for_each_block(fill, self.workspaces)
+        local = _merge(row_max, sum_exp)
+        # One collective: each shard's log-sum-exp, and the sampled token's logit where its row lives.
+        sampled = self._sampled_logits(row_max) - local.row_max
+        is_local = self.is_local.to(sampled).expand_as(sampled)
+        shards = self.plan.comm.all_gather(torch.stack([*local, sampled, is_local]))  # [shards, 4, M, n]
+        log_z = _merge(shards[:, 0], shards[:, 1])
+        logps = shards[:, 2] + (shards[:, 0] - log_z.row_max) - _log(log_z.sum_exp)
+        logps = torch.where(shards[:, 3] > 0, logps, 0.0).sum(0)
+        self.logp, self.ref_logp = logps[0], logps[1] if self.plan.reference is not None else None
+        return log_z, row_max
+
+    def _sampled_logits(self, row_max: Tensor) -> Tensor:
+        """[M, n]: the sampled token's logit under each model, where its row lives here; anything elsewhere."""
+        if self.z.shape[1] == 0:
+            return row_max.new_zeros(row_max.shape[1:])
+        ids = self.token_ids.clamp(0, self.z.shape[1] - 1)
+        block = ids // self.plan.geometry.block_size
+        shifted = [t.gather(1, ids[:, None]).squeeze(1) for t in (self.z, self.y)[: len(self.plan.sides)]]
+        sampled = torch.stack(shifted) + row_max[block, :, torch.arange(len(ids), device=ids.device)].t()
+        return torch.where(self.is_local, sampled, 0.0)
+
+    def _set_norm(self, row_max: Tensor) -> None:
+        """Set what makes probabilities of each block's logits."""
+        # Below 0 only where a block has no finite logit: its exponentials, 0, need a scale that is a number.
+        below = (self.log_z.row_max - row_max).clamp(min=0)
+        log_z, scale = below + _log(self.log_z.sum_exp), torch.exp(-below) / self.log_z.sum_exp
         # Not the difference of the logs: their roundings would shift the whole row.
-        apart = (below[:, -1] - below[:, 0]) + (self.lse[1, -1] / self.lse[1, 0]).log()
-        return zs, ys, Norm(logs[:, 0], weights[:, 0], logs[:, -1], weights[:, -1], apart)
+        log_z_diff = (below[:, -1] - below[:, 0]) + (self.log_z.sum_exp[-1] / self.log_z.sum_exp[0]).log()
+        self._row_max = row_max
+        self.norm = Norm(log_z[:, 0], scale[:, 0], log_z[:, -1], scale[:, -1], log_z_diff)
+        self.norms = [Norm(*each) for each in zip(*(t.unbind(0) for t in self.norm), strict=True)]
 
-    def _log_probabilities(self, part: range, index: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
-        """(lp, lq) of slice after slice, of the tokens of index."""
-        zs, ys, norm = self._part(part)
-        for z, y, log, ref_log in zip(zs, ys, norm.log, norm.ref_log, strict=True):
-            yield z[index] - log[index, None], y[index] - ref_log[index, None]
+    def row_max(self, i: int) -> Tensor:
+        """What the policy's logits of block i were shifted by, [n]."""
+        return self._row_max[i, 0]
 
-    # ---- values ----------------------------------------------------------------------------------------------
+    def log_probabilities(self, i: int, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
+        """(lp, lq) of block i, of the tokens of index."""
+        norm = self.norms[i]
+        lp = self.z_blocks[i][index] - norm.log_z[index, None]
+        return lp, self.y_blocks[i][index] - norm.ref_log_z[index, None]
+
+    # ---- values ------------------------------------------------------------------------------------------------------
 
     def measure(self, names: tuple[str, ...]) -> None:
-        """Put the named exact quantities into `values`: one pass, one collective."""
+        """Put the named exact quantities [n] into `values`: one pass, one collective."""
         names = tuple(name for name in EXACT if name in names and name not in self.values)
         if not names:
             return
-        local = self.problem.each(lambda part, room: self.backend.exact_sums(*self._part(part), names, room))
-        sums = self._gather(torch.stack(local).sum(0)).sum(0)
-        bad = ~sums.isfinite().all(0)
-        # -inf somewhere (a suppressed token) or NaN: the guarded rows of the table know the limits.
-        if bool(bad.any()):
-            index = bad.nonzero().squeeze(1)
-            for i, name in enumerate(names):
-                row = DIVERGENCES[name.removeprefix("ref_")]
-                sums[i, index] = row.finish(self.row_totals(row, (), index, of_reference=name == "ref_entropy")[0])
-            self.bad |= bad
-        self.values.update(zip(names, sums, strict=True))
+        backend = self.plan.backend
+        parts = self.z.new_empty(len(self.z_blocks), len(names), 2, len(self.token_ids))
 
-    def row_totals(
+        def sum_block(i: int, workspace: Any) -> None:
+            backend.exact_sums(self.z_blocks[i], self.y_blocks[i], self.norms[i], names, parts[i], workspace)
+
+        self.plan.for_each_block(sum_block, self.workspaces)
+        values = self.plan.comm.all_gather(backend.combine_sums(parts, self.norm, names)).sum(0)
+        nonfinite = ~values.isfinite().all(0)
+        # A suppressed token (-inf) or NaN: the rows of klft.divergences know the limits.
+        if bool(nonfinite.any()):
+            index = nonfinite.nonzero().squeeze(1)
+            for name, value in zip(names, values, strict=True):
+                row = DIVERGENCES[name.removeprefix("ref_")]
+                value[index] = row.finish(self.totals(row, (), index, of_reference=name == "ref_entropy")[0])
+            self.nonfinite |= nonfinite
+        self.values.update(zip(names, values, strict=True))
+
+    def totals(
         self, row: Divergence, params: tuple[float, ...], index: Any = slice(None), of_reference: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(what `finish` reads, the slope G [k]) of a row of the table over the whole vocabulary; tokens of index."""
+        """(what row.finish reads, its slope G [n]) over the whole vocabulary, for the tokens of index."""
 
-        def merge(parts: Tensor) -> Tensor:
-            totals = parts[:, :-1]
-            totals = row.merge(totals) if row.total else totals.sum(0)
+        def merge(parts: Tensor) -> Tensor:  # [parts, totals and slope, n]
+            totals = row.merge(parts[:, :-1]) if row.total else parts[:, :-1].sum(0)
             return torch.cat([totals, parts[:, -1:].sum(0)])
 
-        def sums(part: range, _room: Tensor | None) -> Tensor:
-            found = []
-            for lp, lq in self._log_probabilities(part, index):
-                lp = lq if of_reference else lp
-                totals = row.totals(lp, lq, *params).view(-1, len(lp))
-                found.append(torch.cat([totals, row.dterm(lp, lq, *params).sum(-1)[None]]))
-            return merge(torch.stack(found))
+        blocks: list[Any] = [None] * len(self.z_blocks)
 
-        both = merge(self._gather(merge(torch.stack(self.problem.each(sums)))))
-        return both[:-1] if row.total else both[0], both[-1]
+        def sum_block(i: int, _workspace: Any) -> None:
+            lp, lq = self.log_probabilities(i, index)
+            lp = lq if of_reference else lp
+            totals = row.totals(lp, lq, *params).view(-1, len(lp))
+            blocks[i] = torch.cat([totals, row.dterm(lp, lq, *params).sum(-1)[None]])
 
-    def top(self, k: int) -> list[Tensor]:
+        self.plan.for_each_block(sum_block, self.workspaces)
+        merged = merge(self.plan.comm.all_gather(merge(torch.stack(blocks))))
+        return merged[:-1] if row.total else merged[0], merged[-1]
+
+    def top_k(self, k: int) -> list[Tensor]:
         """[log-probabilities [n, k], ids [n, k]] of each model's most likely tokens, best first."""
-        found = []
-        start = 0 if self.shard is None else self.shard.start
-        for m in range(len(self.logits)):
+        results = []
+        for m, blocks in enumerate((self.z_blocks, self.y_blocks)[: len(self.plan.sides)]):
+            logits, ids = self._top_k_blocks(blocks, m, k)
+            if self.plan.comm.shard is not None:
+                missing = k - logits.shape[1]  # a rank may hold fewer than k rows
+                logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+                ids = torch.nn.functional.pad(ids, (0, missing))
+                logits, ids = _top_k(self.plan.comm.all_gather(logits), self.plan.comm.all_gather(ids), k)
+            results += [logits - self.log_z.row_max[m][:, None] - _log(self.log_z.sum_exp)[m][:, None], ids]
+        return results
 
-            def best(part: range, _room: Tensor | None, m: int = m) -> tuple[Tensor, Tensor]:
-                values, ids = [], []
-                for i in part:
-                    z, rows = self.pieces[m][i], self.problem.slices[i]
-                    few = z.max(-1, keepdim=True) if k == 1 and z.shape[1] else z.topk(min(k, z.shape[1]), dim=-1)
-                    values.append(few[0] + self.peaks[i, m][:, None])
-                    ids.append(few[1] + rows.start + start)
-                return _best(values, ids, k)
+    def _top_k_blocks(self, blocks: tuple[Tensor, ...], m: int, k: int) -> tuple[Tensor, Tensor]:
+        """(logits, ids) [n, k] of model m's most likely tokens among the rows of this process."""
+        logits: list[Any] = [None] * len(blocks)
+        ids: list[Any] = [None] * len(blocks)
 
-            values, ids = _best(*zip(*self.problem.each(best), strict=True), k)  # pyright: ignore
-            if self.shard is not None:
-                short = k - values.shape[1]  # a rank may hold fewer than k rows
-                values = torch.nn.functional.pad(values, (0, short), value=-torch.inf)
-                ids = torch.nn.functional.pad(ids, (0, short))
-                values, ids = _best(self.shard.gather(values), self.shard.gather(ids), k)
-            found += [values - self.lse[0, m][:, None] - _logs(self.lse[1])[m][:, None], ids]
-        return found
+        def top_block(i: int, _workspace: Any) -> None:
+            z, rows = blocks[i], self.plan.geometry.vocab_blocks[i]
+            top = z.max(-1, keepdim=True) if k == 1 and z.shape[1] else z.topk(min(k, z.shape[1]), dim=-1)
+            logits[i] = top[0] + self._row_max[i, m][:, None]
+            ids[i] = top[1] + rows.start + self.plan.first_row
 
-    # ---- gradients -------------------------------------------------------------------------------------------
+        self.plan.for_each_block(top_block, self.workspaces)
+        return _top_k(logits, ids, k)
 
-    def logit_gradient(self, g: dict[str, Tensor]) -> Callable[[range, Tensor | None], Iterator[Tensor]]:
-        """sum over the named quantities of g * d quantity / d (hidden @ weight.T), [n, v] of each slice of a part.
 
-        With g of logp, entropy, reverse_kl, forward_kl it is p * (a + b * lp + c * (lq - lp)) - d * q + one-hot.
-        """
-        factor = self.problem.policy.factor
-        g = {name: t * factor for name, t in g.items()}
-        zero = self.z.new_zeros(len(self.z))
-        logp, forward = g.get("logp"), g.get("forward_kl")
-        a = (zero if forward is None else forward) - (zero if logp is None else logp)
+# ---- logit gradients of a block: callables (block number, workspace) -> [n, rows] ------------------------------------
+
+
+class ScoresGradient:
+    """Sum over scores of g * d score / d (hidden @ weight.T).
+
+    g [n] by name: logp, entropy, reverse_kl, forward_kl. Without the one-hot of logp it is
+    p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q.
+    """
+
+    def __init__(self, tile: Tile, g: dict[str, Tensor]):
+        self.tile = tile
+        self.g = g = {name: t * tile.plan.policy.slope for name, t in g.items()}
+        zero = tile.z.new_zeros(len(tile.z))
+        constant = g.get("forward_kl", zero) - g.get("logp", zero)
         for name in ("entropy", "reverse_kl"):
             if name in g:
-                a = a - torch.where(g[name] == 0, 0.0, g[name] * self.values[name])
-        b, c = (None if name not in g else -g[name] for name in ("entropy", "reverse_kl"))
-        index = self.bad.nonzero().squeeze(1)
-        hot, guarded = None if logp is None else self._hot(logp), self._guarded(g, index) if len(index) else None
+                constant = constant - torch.where(g[name] == 0, 0.0, g[name] * tile.values[name])
+        of_lp, of_diff = (None if name not in g else -g[name] for name in ("entropy", "reverse_kl"))
+        coefficients = Coefficients(constant, of_lp, of_diff, g.get("forward_kl"))
+        self.factors = tile.plan.backend.gradient_factors(tile.norm, coefficients)
+        self.one_hot = None if "logp" not in g else self._one_hot(g["logp"])
+        # Tokens that the backend's formulas cannot do, with the slopes of the rows of the table that can.
+        self.index = tile.nonfinite.nonzero().squeeze(1)
+        self.slopes = {
+            name: tile.totals(DIVERGENCES[name], (), self.index)[1] for name in g if name != "logp" and len(self.index)
+        }
 
-        def of_part(part: range, room: Tensor | None) -> Iterator[Tensor]:
-            dzs = self.backend.gradients(*self._part(part), a, b, c, forward, room)
-            careful, bends = repeat(None) if guarded is None else guarded(part), self._bends(part)
-            for i in part:
-                bad, bend, dz = next(careful), next(bends), next(dzs)  # dz last: it may take the logits' place
-                if bad is not None:
-                    dz[index] = bad
-                if hot is not None:
-                    dz.index_put_(*hot[i], accumulate=True)
-                if bend is not None:
-                    before = dz[index]
-                    dz.mul_(bend)
-                    # A token that nobody asks about stays 0, whatever its logits are.
-                    dz[index] = dz[index].masked_fill(before == 0, 0.0)
-                yield dz
+    def __call__(self, i: int, workspace: Any) -> Tensor:
+        tile, plan = self.tile, self.tile.plan
+        z, y = tile.z_blocks[i], tile.y_blocks[i]
+        # 1. What is read off the logits, before the gradient may take their place.
+        softcap_grad = plan.policy.softcap_grad(z, tile.row_max(i))
+        fallback = self._fallback(i) if len(self.index) else None
+        # 2. The smooth part.
+        dz = plan.backend.gradient(z, y, self.factors[i], workspace)
+        if fallback is not None:
+            dz[self.index] = fallback
+        # 3. logp's one-hot, where the sampled token's row is in this block.
+        if self.one_hot is not None:
+            tokens, rows, g = self.one_hot[i]
+            dz.index_put_((tokens, rows), g, accumulate=True)
+        # 4. Through the softcap. A token without a gradient keeps 0, whatever its logits are.
+        if softcap_grad is not None:
+            before = dz[self.index]
+            dz.mul_(softcap_grad)
+            dz[self.index] = dz[self.index].masked_fill(before == 0, 0.0)
+        return dz
 
-        return of_part
+    def _one_hot(self, g: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each block: (tokens of the tile, their rows of the block, their g)."""
+        tile, blocks = self.tile, self.tile.plan.geometry.vocab_blocks
+        ids, tokens = torch.where(tile.is_local, tile.token_ids, -1).sort()
+        ends = torch.tensor([0, *(rows.stop for rows in blocks)], device=ids.device)
+        bounds = torch.searchsorted(ids, ends).tolist()  # where each block's tokens begin and end
+        parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
+        return [(tokens[p], ids[p] - rows.start, g[tokens[p]]) for p, rows in zip(parts, blocks, strict=True)]
 
-    def _guarded(self, g: dict[str, Tensor], index: Tensor) -> Callable[[range], Iterator[Tensor]]:
-        """The same, less the one-hot, by the rows of the table, which know every limit; for the tokens of index."""
-        rows = {name: DIVERGENCES[name] for name in g if name != "logp"}
-        slopes = {name: self.row_totals(row, (), index)[1] for name, row in rows.items()}
-
-        def of_part(part: range) -> Iterator[Tensor]:
-            for lp, lq in self._log_probabilities(part, index):
-                total = torch.zeros_like(lp)
-                for name, t in g.items():
-                    if name == "logp":
-                        d = -lp.exp()
-                    else:
-                        d = rows[name].logit_gradient(lp, lq, self.values[name][index], slope=slopes[name])
-                    t = t[index, None]
-                    total += (d * t).masked_fill(t == 0, 0.0)
-                yield total
-
-        return of_part
-
-    def _hot(self, g: Tensor) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
-        """The sampled tokens of each slice: ((which tokens, which of the slice's rows), their g)."""
-        order = torch.where(self.here, self.ids, -1).argsort()
-        ids = self.ids[order].contiguous()
-        edges = torch.tensor([0, *(s.stop for s in self.problem.slices)], device=ids.device)
-        first, *rest = torch.searchsorted(torch.where(self.here[order], ids, -1), edges).tolist()
-        found = []
-        for rows, last in zip(self.problem.slices, rest, strict=True):
-            found.append(((order[first:last], ids[first:last] - rows.start), g[order[first:last]]))
-            first = last
-        return found
-
-    def _bends(self, part: range) -> Iterator[Tensor | None]:
-        """Derivative of the softcap, from the logits it gave, slice after slice."""
-        side = self.problem.policy
-        for i in part:
-            if side.softcap:
-                t = (self.pieces[0][i] + self.peaks[i, 0][:, None]).mul_(side.temperature / side.softcap)
-            yield t.square_().neg_().add_(1) if side.softcap else None  # pyright: ignore
-
-    def row_gradient(
-        self, row: Divergence, params: tuple[float, ...], totals: Tensor, slope: Tensor, g: Tensor
-    ) -> Callable[[range, Tensor | None], Iterator[Tensor]]:
-        """g * d row / d (hidden @ weight.T), [n, v] of each slice of a part."""
-        g = (g * self.problem.policy.factor)[:, None]
-
-        def of_part(part: range, _room: Tensor | None):
-            for (lp, lq), bend in zip(self._log_probabilities(part), self._bends(part), strict=True):
-                d = row.logit_gradient(lp, lq, totals, *params, slope=slope)
-                if bend is not None:
-                    d = d * bend
-                yield (d * g).masked_fill(g == 0, 0.0)
-
-        return of_part
+    def _fallback(self, i: int) -> Tensor:
+        """The same without the one-hot, by the rows of the table, for the tokens of index."""
+        lp, lq = self.tile.log_probabilities(i, self.index)
+        total = torch.zeros_like(lp)
+        for name, t in self.g.items():
+            if name == "logp":
+                d = -lp.exp()
+            else:
+                value = self.tile.values[name][self.index]
+                d = DIVERGENCES[name].logit_gradient(lp, lq, value, slope=self.slopes[name])
+            t = t[self.index, None]
+            total += (d * t).masked_fill(t == 0, 0.0)
+        return total
 
 
-def _merge(parts: Tensor) -> Tensor:
-    """Log-sum-exps of parts of the vocabulary [parts, 2 (peak, sum of exponentials), models, n] -> [2, models, n]."""
-    return torch.stack([_merge_one(parts[:, :, m]) for m in range(parts.shape[2])], 1)
+class DivergenceGradient:
+    """g * d divergence / d (hidden @ weight.T) of a row of the table; totals and slope as Tile.totals gives them."""
+
+    def __init__(
+        self, tile: Tile, row: Divergence, params: tuple[float, ...], totals: Tensor, slope: Tensor, g: Tensor
+    ):
+        self.tile, self.row, self.params, self.totals, self.slope = tile, row, params, totals, slope
+        self.g = (g * tile.plan.policy.slope)[:, None]
+
+    def __call__(self, i: int, _workspace: Any) -> Tensor:
+        lp, lq = self.tile.log_probabilities(i)
+        dz = self.row.logit_gradient(lp, lq, self.totals, *self.params, slope=self.slope)
+        softcap_grad = self.tile.plan.policy.softcap_grad(self.tile.z_blocks[i], self.tile.row_max(i))
+        if softcap_grad is not None:
+            dz = dz * softcap_grad
+        return (dz * self.g).masked_fill(self.g == 0, 0.0)
 
 
-def _merge_one(parts: Tensor) -> Tensor:
+# ---- parts of the vocabulary, put together --------------------------------------------------------------------------
+
+
+def _merge(row_max: Tensor, sum_exp: Tensor) -> LogZ:
+    """Log-sum-exps of parts of the vocabulary [parts, M, n] -> of all of them [M, n]."""
     # Model by model: torch's exp depends in its last digit on where in a tensor a number stands, and equal models have
     # equal log-sum-exps.
-    peaks, totals = parts[:, 0], parts[:, 1]
-    top = torch.where(totals == 0, -torch.inf, peaks).amax(0)  # a part without a finite logit has no say
+    merged = [_merge_model(row_max[:, m], sum_exp[:, m]) for m in range(row_max.shape[1])]
+    return LogZ(*(torch.stack(each) for each in zip(*merged, strict=True)))
+
+
+def _merge_model(row_max: Tensor, sum_exp: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.where(sum_exp == 0, -torch.inf, row_max).amax(0)  # ignore parts whose logits are all -inf
     top = torch.where(top == -torch.inf, 0.0, top)
-    return torch.stack([top, (totals * torch.exp(peaks - top)).masked_fill(totals == 0, 0.0).sum(0)])
+    return top, (sum_exp * torch.exp(row_max - top)).masked_fill(sum_exp == 0, 0.0).sum(0)
 
 
-def _logs(totals: Tensor) -> Tensor:
-    """The log of [models, n]; NaN for a logit of +inf, as in a log-softmax: -inf would be a probability, 0."""
-    logs = torch.stack([total.log() for total in totals])  # apart for the same reason
+def _log(sum_exp: Tensor) -> Tensor:
+    """log of [M, n]; NaN for a logit of +inf, as in a log-softmax: -inf would be a probability, 0."""
+    logs = torch.stack([each.log() for each in sum_exp])  # one by one for the same reason
     return logs.masked_fill(logs == torch.inf, torch.nan)
 
 
-def _best(values: Any, ids: Any, k: int) -> tuple[Tensor, Tensor]:
+def _top_k(logits: Any, ids: Any, k: int) -> tuple[Tensor, Tensor]:
     """The k best [n, k] of lists of [n, *], best first."""
-    values, ids = torch.cat(list(values), 1), torch.cat(list(ids), 1)
-    values, order = values.topk(min(k, values.shape[1]), dim=-1)
-    return values, ids.gather(1, order)
+    logits, ids = torch.cat(list(logits), 1), torch.cat(list(ids), 1)
+    logits, order = logits.topk(min(k, logits.shape[1]), dim=-1)
+    return logits, ids.gather(1, order)

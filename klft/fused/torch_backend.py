@@ -1,139 +1,203 @@
-"""What is done to a slice of logits, in torch operations.
+"""The elementwise work of a vocabulary block in torch operations, and its schedule over CPU workers.
 
-A slice is z [n, v]: n tokens against a few rows of the vocabulary, few enough to stay in a CPU's cache, where an
-addition costs a tenth of a nanosecond and a `where` ten times that: so no `where` here. What is not finite (a
-suppressed token), or too far apart for these formulas, is left to the guarded rows of klft.divergences, token by token.
+A block is z [n, rows], small enough to stay in a CPU core's cache, where an addition costs a tenth of a nanosecond and
+a `where` ten times that: so no `where` here. What is not finite (a suppressed token), or too far from the other model
+for these formulas, becomes NaN and is left to the fallback, the rows of klft.divergences, token by token.
 
-Logits are kept less their slice's peak, and never rewritten: `Norm` says what makes log-probabilities of them. Threads
-take turns at Python, so a slice costs few calls, and what is of the size of its tokens is done for many slices at once.
+Logits are stored shifted by their block's row max and never normalised in place: a Norm says what makes
+log-probabilities of them.
+
+A backend is a module with these functions: workspaces, block_size, for_each_block; shift_by_max_, exact_sums and
+combine_sums, gradient_factors and gradient.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ROOM = 4  # intermediate results of the size of a slice: fresh memory for each would cost more than the arithmetic
+from klft.fused import workers
+
+VOCAB_MAJOR = True  # tiles are laid out as [v, n]
+SCRATCH = 4  # intermediate results of the size of a block: fresh memory for each would cost more than the arithmetic
 FAR = 60.0  # past it, p * exp(log(q/p)) has lost the digits of a p that is hardly a number any more
 
 
 class Norm(NamedTuple):
-    """What makes probabilities of k slices' z and y, [k, n] each.
+    """What makes probabilities of a block's shifted logits z (policy) and y (reference), [n] each.
 
-    lp = z - log, p = weight * exp(z); lq = y - ref_log, q = ref_weight * exp(y); lq - lp = (y - z) - apart, which says
-    what two of the others say with one rounding instead of two.
+    lp = z - log_z, p = scale * exp(z); lq = y - ref_log_z, q = ref_scale * exp(y); lq - lp = (y - z) - log_z_diff, with
+    one rounding where ref_log_z - log_z has two.
     """
 
-    log: Tensor
-    weight: Tensor
-    ref_log: Tensor
-    ref_weight: Tensor
-    apart: Tensor
+    log_z: Tensor
+    scale: Tensor
+    ref_log_z: Tensor
+    ref_scale: Tensor
+    log_z_diff: Tensor
 
 
-def _scratch(slices: Sequence[Tensor], room: Tensor | None, count: int) -> Iterator[list[Tensor]]:
-    """For each slice in turn `count` tensors like it; from room [ROOM, numbers] where there is one."""
-    made: list[Tensor] = []
-    for z in slices:
-        if not made or made[0].shape != z.shape:
-            if room is None:
-                made = [torch.empty_like(z) for _ in range(count)]
-            else:
-                made = [t[: z.numel()].view(z.shape[::-1]).t() for t in room[:count]]
-        yield made
+class Coefficients(NamedTuple):
+    """Of a logit gradient, [n] each: p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q; None for 0."""
+
+    constant: Tensor
+    of_lp: Tensor | None
+    of_diff: Tensor | None
+    ref_p: Tensor | None
 
 
-def _columns(t: Tensor | None) -> Iterable[Any]:
-    """[k, n] -> k times [n, 1]."""
-    return repeat(None) if t is None else t[:, :, None].unbind(0)
+class Workspace:
+    """What one worker writes to: scratch memory, and its part of the gradient of a tile's hidden states."""
+
+    def __init__(self, device: torch.device, memory: Tensor | None = None):
+        self.device, self._memory = device, memory  # memory [SCRATCH, logits of a block]
+        self.grad_hidden: Tensor | None = None
+        self._views: dict[torch.Size, list[Tensor]] = {}
+
+    def scratch(self, z: Tensor, count: int) -> list[Tensor]:
+        """`count` uninitialised tensors like z [n, rows], vocabulary-major; the same memory at every call."""
+        if self._memory is None:
+            return [torch.empty_like(z) for _ in range(count)]
+        views = self._views.get(z.shape)
+        if views is None:
+            views = [t[: z.numel()].view(z.shape[::-1]).t() for t in self._memory]
+            self._views[z.shape] = views
+        return views[:count]
 
 
-def fold_(z: Tensor, peak: Tensor, total: Tensor, room: Tensor | None) -> None:
-    """z less its peak, in place. Into peak [n]: that (0 where it is not finite); into total [n]: the sum of exp(z)."""
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def workspaces(like: Tensor, block_logits: int) -> list[Workspace]:
+    """One for each worker; `like` gives device and dtype, `block_logits` the largest block."""
+    count = workers.count() if like.device.type == "cpu" else 1
+    return [Workspace(like.device, like.new_empty(SCRATCH, block_logits)) for _ in range(count)]
+
+
+def block_size(tokens: int, rows: int, block_logits: int) -> int:
+    """Vocabulary rows of a block, for tiles of `tokens` tokens and `rows` rows: a like number of blocks per worker."""
+    blocks = -(-rows // max(1, block_logits // tokens))
+    if blocks > 1:
+        blocks = -(-blocks // workers.count()) * workers.count()
+    return max(1, -(-rows // max(1, blocks)))
+
+
+def for_each_block(block_fn: Callable[[int, Workspace], None], blocks: int, spaces: list[Workspace]) -> None:
+    """block_fn(i, workspace) for i in range(blocks): consecutive blocks per worker, in order, in its workspace."""
+    share = -(-blocks // len(spaces))
+
+    def work(worker: int) -> None:
+        # Autocast has done its part on the inputs; it must not round what is multiplied or summed inside.
+        with torch.autocast(spaces[worker].device.type, enabled=False):
+            for i in range(worker * share, min((worker + 1) * share, blocks)):
+                block_fn(i, spaces[worker])
+
+    workers.each(work, range(-(-blocks // share)))
+
+
+# ---- a block --------------------------------------------------------------------------------------------------------
+
+
+def shift_by_max_(z: Tensor, row_max: Tensor, sum_exp: Tensor, workspace: Workspace) -> None:
+    """z -= its row max, in place. Into row_max [n]: the max (0 where not finite); into sum_exp [n]: sum of exp(z)."""
     if z.shape[1] == 0:
-        peak.zero_()
-        total.zero_()
+        row_max.zero_()
+        sum_exp.zero_()
         return
-    torch.amax(z, -1, out=peak)
-    z.sub_(peak.nan_to_num_(0.0, 0.0, 0.0)[:, None])
-    ((e,),) = _scratch([z], room, 1)
-    torch.sum(torch.exp(z, out=e), -1, out=total)
+    torch.amax(z, -1, out=row_max)
+    z.sub_(row_max.nan_to_num_(0.0, 0.0, 0.0)[:, None])
+    (e,) = workspace.scratch(z, 1)
+    torch.sum(torch.exp(z, out=e), -1, out=sum_exp)
 
 
-def _gap_sum(p: Tensor, x: Tensor, room: Tensor, total: Tensor, far: Tensor) -> None:
+def _gap_sum(p: Tensor, x: Tensor, e: Tensor, total: Tensor, x_max: Tensor) -> None:
     """Into total [n]: sum of the Bregman gaps p * (e^x - 1 - x), each >= 0 (less than that by rounding only)."""
-    torch.sum(torch.expm1(x, out=room).sub_(x).mul_(p).relu_(), -1, out=total)
-    torch.amax(x, -1, out=far)
+    torch.sum(torch.expm1(x, out=e).sub_(x).mul_(p).relu_(), -1, out=total)
+    torch.amax(x, -1, out=x_max)
 
 
-def exact_sums(
-    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm, names: tuple[str, ...], room: Tensor | None
-) -> Tensor:
-    """[len(names), n]: these slices' sums of entropy, ref_entropy, reverse_kl, forward_kl, names in that order.
+def exact_sums(z: Tensor, y: Tensor, norm: Norm, names: tuple[str, ...], out: Tensor, workspace: Workspace) -> None:
+    """The block's part of entropy, ref_entropy, reverse_kl, forward_kl (`names`, in that order) into out [names, 2, n].
 
-    Not finite where the guarded rows have to see to it.
+    It takes combine_sums, over all blocks at once, to make sums of it: what is of size [n] costs as much here as there.
     """
-    k, n = norm.log.shape
-    if zs[0].shape[1] == 0:
-        return norm.log.new_zeros(len(names), n)
-    of = {name: norm.log.new_empty(2, k, n) for name in names}
-    slices = zip(zs, ys, _columns(norm.apart), _scratch(zs, room, 4), strict=True)
-    for j, (z, y, apart, (p, q, x, e)) in enumerate(slices):
-        torch.exp(z, out=p)
-        if "ref_entropy" in names or "forward_kl" in names:
-            torch.exp(y, out=q)
-        for name, w, lw in (("entropy", p, z), ("ref_entropy", q, y)):
-            if name in names:
-                # -sum w * (lw - log): both sums have one sign.
-                torch.sum(w, -1, out=of[name][0, j])
-                torch.sum(torch.mul(w, lw, out=e), -1, out=of[name][1, j])
-        if "reverse_kl" in names or "forward_kl" in names:
-            torch.sub(y, z, out=x).sub_(apart)
-        if "reverse_kl" in names:
-            _gap_sum(p, x, e, *of["reverse_kl"][:, j])
-        if "forward_kl" in names:
-            _gap_sum(q, x.neg_(), e, *of["forward_kl"][:, j])
-    found = []
-    for name, (first, second) in of.items():
+    if z.shape[1] == 0:
+        out.zero_()
+        return
+    parts = dict(zip(names, out, strict=True))
+    p, q, x, e = workspace.scratch(z, 4)
+    torch.exp(z, out=p)
+    if "ref_entropy" in parts or "forward_kl" in parts:
+        torch.exp(y, out=q)
+    for name, w, log_w in (("entropy", p, z), ("ref_entropy", q, y)):
+        if name in parts:
+            torch.sum(w, -1, out=parts[name][0])
+            torch.sum(torch.mul(w, log_w, out=e), -1, out=parts[name][1])
+    if "reverse_kl" in parts or "forward_kl" in parts:
+        torch.sub(y, z, out=x).sub_(norm.log_z_diff[:, None])  # log q/p
+    if "reverse_kl" in parts:
+        _gap_sum(p, x, e, *parts["reverse_kl"])
+    if "forward_kl" in parts:
+        _gap_sum(q, x.neg_(), e, *parts["forward_kl"])
+
+
+def combine_sums(parts: Tensor, norm: Norm, names: tuple[str, ...]) -> Tensor:
+    """[K, names, 2, n] of exact_sums, norm [K, n] -> [names, n], summed over blocks.
+
+    Not finite where the fallback must see to it.
+    """
+    sums = []
+    for name, (first, second) in zip(names, parts.permute(1, 2, 0, 3), strict=True):
         of_reference = name in ("ref_entropy", "forward_kl")
-        log, weight = (norm.ref_log, norm.ref_weight) if of_reference else (norm.log, norm.weight)
+        log_z, scale = (norm.ref_log_z, norm.ref_scale) if of_reference else (norm.log_z, norm.scale)
         if name.endswith("_kl"):
-            found.append((first * weight).masked_fill_(second > FAR, torch.nan))
+            sums.append((first * scale).masked_fill_(second > FAR, torch.nan))
         else:
-            found.append(first * (log * weight) - second * weight)  # log may be huge, and its weight 0
-    return torch.stack(found).sum(1)
+            # -sum w * (log w - log_z): both terms have one sign. log_z may be huge where its scale is 0.
+            sums.append(first * (log_z * scale) - second * scale)
+    return torch.stack(sums).sum(1)
 
 
-def gradients(
-    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm,
-    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, room: Tensor | None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Each slice's p * (a + b * lp + c * (lq - lp)) - d * q [n, v] in turn, in memory that the next one takes.
+class Factors(NamedTuple):
+    """A block's logit gradient as exp(z) * (one + z * of_z + (y - z) * of_diff) - exp(y) * of_ref; columns [n, 1]."""
 
-    a, b, c, d [n], None where nothing asks for it.
-    """
-    # What is multiplied with a probability first: a log may be huge where its probability is 0.
-    constant = a * norm.weight
-    if b is not None:
-        constant = constant - b * (norm.log * norm.weight)
-    if c is not None:
-        constant = constant - c * (norm.apart * norm.weight)
-    # Rows are multiplied and added one after the other: addcmul with such factors leaves the fast path.
-    factors = [None if t is None else t * norm.weight for t in (b, c)]
-    columns = [_columns(t) for t in (constant, *factors, None if d is None else d * norm.ref_weight)]
-    for z, y, aj, bj, cj, dj, (dz, one, other) in zip(zs, ys, *columns, _scratch(zs, room, 3), strict=False):
-        torch.exp(z, out=dz)
-        if bj is not None:
-            torch.mul(z, dz, out=one).mul_(bj)
-        if cj is not None:
-            torch.sub(y, z, out=other).mul_(dz).mul_(cj)
-        dz.mul_(aj)
-        if bj is not None:
-            dz.add_(one)
-        if cj is not None:
-            dz.add_(other)
-        if dj is not None:
-            dz.sub_(torch.exp(y, out=one).mul_(dj))
-        yield dz
+    one: Tensor
+    of_z: Tensor | None
+    of_diff: Tensor | None
+    of_ref: Tensor | None
+
+
+def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[Factors]:
+    """Of every block, from norm [K, n]: computed at once, since small operations between large ones are slow."""
+    constant, of_lp, of_diff, ref_p = coefficients
+    # Multiplied with the scale first: a log may be huge where its probability is 0.
+    one = constant * norm.scale
+    if of_lp is not None:
+        one = one - of_lp * (norm.log_z * norm.scale)
+    if of_diff is not None:
+        one = one - of_diff * (norm.log_z_diff * norm.scale)
+    of_z, of_y_z = (None if t is None else t * norm.scale for t in (of_lp, of_diff))
+    of_ref = None if ref_p is None else ref_p * norm.ref_scale
+    columns = [repeat(None) if t is None else t[:, :, None].unbind(0) for t in (one, of_z, of_y_z, of_ref)]
+    return [Factors(*each) for each in zip(*columns, strict=False)]
+
+
+def gradient(z: Tensor, y: Tensor, factors: Factors, workspace: Workspace) -> Tensor:
+    """The block's logit gradient [n, rows], in scratch memory."""
+    dz, term, diff = workspace.scratch(z, 3)
+    torch.exp(z, out=dz)
+    # Products and sums are taken one after the other: addcmul with a factor per row leaves the fast path.
+    if factors.of_z is not None:
+        torch.mul(z, dz, out=term).mul_(factors.of_z)
+    if factors.of_diff is not None:
+        torch.sub(y, z, out=diff).mul_(dz).mul_(factors.of_diff)
+    dz.mul_(factors.one)
+    if factors.of_z is not None:
+        dz.add_(term)
+    if factors.of_diff is not None:
+        dz.add_(diff)
+    if factors.of_ref is not None:
+        dz.sub_(torch.exp(y, out=term).mul_(factors.of_ref))
+    return dz

@@ -1,17 +1,18 @@
-"""What is done to a slice of logits, as Triton kernels: the functions of klft.fused.torch_backend, for fp32 on a GPU.
+"""The elementwise work of a vocabulary block as Triton kernels: the functions of klft.fused.torch_backend, on a GPU.
 
-A slice is a whole tile here. One program folds one row [v] of it, block after block of columns, each lane in fp32 in a
-fixed order: no atomics, so a run repeats itself to the bit. Reading is what it costs: twice for the log-sum-exp, once
-for all exact sums.
+The vocabulary block is the whole tile here. One program reduces one token's row [v], BLOCK columns at a time, each lane
+in fp32 in a fixed order: no atomics, so a run repeats itself to the bit. The cost is reading: twice for the
+log-sum-exp, once for all exact sums.
 A `where` is free here, so suppressed tokens (-inf) have their limits in the kernels.
 
 It has run in Triton's interpreter only (TRITON_INTERPRET=1), and been compiled for sm_90, never yet run on a GPU. Hence
 no block size is tuned. Kernels keep to operations that are the same in the interpreter and in the compiler (no
 libdevice), and to comparisons that are false for NaN, which thereby reaches the result. Tiles that are not fp32, or
-whose columns lie apart, go to torch_backend.
+not contiguous along the vocabulary, go to torch_backend.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from klft.fused import torch_backend
-from klft.fused.torch_backend import Norm
+from klft.fused.torch_backend import Coefficients, Norm, Workspace
 
-BLOCK, WARPS = 2048, 8  # columns at once, and who works on them: 16-byte loads, two of them in flight in each thread
+VOCAB_MAJOR = False
+BLOCK, WARPS = 2048, 8  # columns per iteration, warps per program: 16-byte loads, two in flight in each thread
 
 
 @triton.jit
-def _fold(z, v, BLOCK: tl.constexpr):
+def _row_max_and_sum(z, v, BLOCK: tl.constexpr):
     """A row's running maximum m and sum of exp(z - m), by lane; with one exp for each logit."""
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -40,17 +42,17 @@ def _fold(z, v, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _subtract_peak(z, peak, total, stride, v, BLOCK: tl.constexpr):
+def _shift_by_max(z, row_max, sum_exp, stride, v, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
-    m, s = _fold(z, v, BLOCK)  # pyright: ignore
+    m, s = _row_max_and_sum(z, v, BLOCK)  # pyright: ignore
     top = tl.max(m)
     rest = tl.sum(s * tl.exp(tl.where(m == top, 0.0, m - top)))
     # Nothing finite: 0 is subtracted, and the sum is 0 (only -inf, each counted as one above), infinite or NaN.
     rest = tl.where(top == float("-inf"), rest * 0.0, tl.where(top == float("inf"), rest + float("inf"), rest))
     top = tl.where(top - top == 0, top, 0.0)
-    tl.store(peak + row, top)
-    tl.store(total + row, rest)
+    tl.store(row_max + row, top)
+    tl.store(sum_exp + row, rest)
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         tl.store(z + columns, tl.load(z + columns, mask=columns < v) - top, mask=columns < v)
@@ -130,7 +132,7 @@ def _gradient(z, y, log, ref_log, a, b, c, d, z_stride, y_stride, v, BLOCK: tl.c
     tl.store(z + columns, gradient, mask=here)
 
 
-INTERPRETED = not isinstance(_fold, triton.JITFunction)
+INTERPRETED = not isinstance(_row_max_and_sum, triton.JITFunction)
 
 
 def _launch(kernel, grid: tuple[int, ...], tile: Tensor, *args, **constants) -> None:
@@ -138,56 +140,86 @@ def _launch(kernel, grid: tuple[int, ...], tile: Tensor, *args, **constants) -> 
         kernel[grid](tile, *args, **constants, BLOCK=BLOCK, num_warps=WARPS)
 
 
-def _fit(*tiles: Tensor) -> bool:
+def _fits(*tiles: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.stride(1) == 1 for t in tiles)
 
 
-def fold_(z: Tensor, peak: Tensor, total: Tensor, room: Tensor | None) -> None:
-    """z less its peak, in place. Into peak [n]: that (0 where it is not finite); into total [n]: the sum of exp(z)."""
-    if not _fit(z):
-        torch_backend.fold_(z, peak, total, room)
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def workspaces(like: Tensor, block_logits: int) -> list[Workspace]:
+    """One, without scratch memory: kernels write in place."""
+    return [Workspace(like.device)]
+
+
+def block_size(tokens: int, rows: int, block_logits: int) -> int:
+    """All rows: a kernel goes through a tile as it is."""
+    return max(1, rows)
+
+
+def for_each_block(block_fn: Callable[[int, Workspace], None], blocks: int, spaces: list[Workspace]) -> None:
+    """block_fn(i, workspace) for i in range(blocks)."""
+    with torch.autocast(spaces[0].device.type, enabled=False):
+        for i in range(blocks):
+            block_fn(i, spaces[0])
+
+
+# ---- a block --------------------------------------------------------------------------------------------------------
+
+
+def shift_by_max_(z: Tensor, row_max: Tensor, sum_exp: Tensor, workspace: Workspace) -> None:
+    """z -= its row max, in place. Into row_max [n]: the max (0 where not finite); into sum_exp [n]: sum of exp(z)."""
+    if not _fits(z):
+        torch_backend.shift_by_max_(z, row_max, sum_exp, workspace)
     elif z.numel():
-        _launch(_subtract_peak, (len(z),), z, peak, total, z.stride(0), z.shape[1])
+        _launch(_shift_by_max, (len(z),), z, row_max, sum_exp, z.stride(0), z.shape[1])
     else:
-        peak.zero_()
-        total.zero_()
+        row_max.zero_()
+        sum_exp.zero_()
 
 
-def exact_sums(
-    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm, names: tuple[str, ...], room: Tensor | None
-) -> Tensor:
-    """[len(names), n]: the slice's sums of entropy, ref_entropy, reverse_kl, forward_kl, names in that order.
+def exact_sums(z: Tensor, y: Tensor, norm: Norm, names: tuple[str, ...], out: Tensor, workspace: Workspace) -> None:
+    """The block's sums of entropy, ref_entropy, reverse_kl, forward_kl (`names`, in that order) into out [names, 2, n].
 
-    >= 0; a token that neither model can say adds nothing, one that the other model cannot say makes its KL +inf.
+    out[:, 1] is 0. >= 0; a token that neither model can say adds nothing, one that the other model cannot say makes its
+    KL +inf.
     """
-    (z,), (y,) = zs, ys
-    if not _fit(z, y):
-        return torch_backend.exact_sums(zs, ys, norm, names, room)
-    out = z.new_zeros(len(names), len(z))
-    if z.numel():
-        wanted = (name in names for name in ("entropy", "ref_entropy", "reverse_kl", "forward_kl"))
-        _launch(_exact_sums, (len(z),), z, y, *_logs(norm), out, z.stride(0), y.stride(0), z.shape[1], *wanted)
-    return out
-
-
-def gradients(
-    zs: Sequence[Tensor], ys: Sequence[Tensor], norm: Norm,
-    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, room: Tensor | None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """The slice's p * (a + b * lp + c * (lq - lp)) - d * q [n, v], in its own place; a, b, c, d [n], None for 0.
-
-    0 - d * q where p is 0, whatever the bracket would be.
-    """
-    (z,), (y,) = zs, ys
-    if not _fit(z, y):
-        yield from torch_backend.gradients(zs, ys, norm, a, b, c, d, room)
+    if not _fits(z, y):
+        parts = torch.empty_like(out)
+        torch_backend.exact_sums(z, y, norm, names, parts, workspace)
+        out[:, 1] = 0
+        out[:, 0] = torch_backend.combine_sums(parts[None], Norm(*(t[None] for t in norm)), names)
         return
+    out.zero_()
     if z.numel():
-        factors = [None if t is None else t.contiguous() for t in (a, b, c, d)]
+        sums = out.new_empty(len(names), len(z))
+        wanted = (name in names for name in ("entropy", "ref_entropy", "reverse_kl", "forward_kl"))
+        _launch(_exact_sums, (len(z),), z, y, *_logs(norm), sums, z.stride(0), y.stride(0), z.shape[1], *wanted)
+        out[:, 0] = sums
+
+
+def combine_sums(parts: Tensor, norm: Norm, names: tuple[str, ...]) -> Tensor:
+    """[K, names, 2, n] of exact_sums -> [names, n], summed over blocks."""
+    return parts[:, :, 0].sum(0)
+
+
+def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[tuple[Norm, Coefficients]]:
+    """Of every block: (its norm, the coefficients)."""
+    return [(Norm(*each), coefficients) for each in zip(*norm, strict=True)]
+
+
+def gradient(z: Tensor, y: Tensor, factors: tuple[Norm, Coefficients], workspace: Workspace) -> Tensor:
+    """The block's logit gradient [n, rows], see Coefficients, in z's memory; -ref_p * q where p is 0."""
+    norm, coefficients = factors
+    if not _fits(z, y):
+        (of_torch,) = torch_backend.gradient_factors(Norm(*(t[None] for t in norm)), coefficients)
+        return torch_backend.gradient(z, y, of_torch, workspace)
+    if z.numel():
+        per_token: list[Any] = [None if t is None else t.contiguous() for t in coefficients]
         grid = (len(z), -(-z.shape[1] // BLOCK))
-        _launch(_gradient, grid, z, y, *_logs(norm), *factors, z.stride(0), y.stride(0), z.shape[1])
-    yield z
+        _launch(_gradient, grid, z, y, *_logs(norm), *per_token, z.stride(0), y.stride(0), z.shape[1])
+    return z
 
 
 def _logs(norm: Norm) -> list[Tensor]:
-    return [norm.log[0].contiguous(), norm.ref_log[0].contiguous()]
+    return [norm.log_z.contiguous(), norm.ref_log_z.contiguous()]

@@ -1,8 +1,7 @@
-"""Jobs for threads that each work alone and wait for the others once, at the end.
+"""CPU workers: Python threads that each run single-threaded torch operations and meet once, at the end.
 
-Torch shares every operation out over its threads and waits for all of them after each. Where an operation takes
-microseconds and anything else wants a core, that waiting costs more than the work: up to eighty times as much (see
-benchmarks/README.md).
+torch's intra-op pool has a barrier after every operation; for operations of microseconds that barrier dominates, up to
+eighty times the work where another process wants a core (benchmarks/README.md).
 """
 
 import os
@@ -13,19 +12,19 @@ from typing import Any
 
 import torch
 
-MOST = 8  # more would queue for Python's lock; with more cores each job shares its operations out over a few of them
+MAX_WORKERS = 8  # more would queue for the GIL; with more cores each worker gets several intra-op threads
 _lock = threading.Lock()
 _pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
 
 
-def _share() -> int:
-    """How many of torch's threads a job has to itself."""
-    return -(-torch.get_num_threads() // MOST)
+def _intra_op_threads() -> int:
+    """torch threads of one worker."""
+    return -(-torch.get_num_threads() // MAX_WORKERS)
 
 
 def count() -> int:
-    """How many jobs run at once."""
-    return torch.get_num_threads() // _share()
+    """Number of workers."""
+    return torch.get_num_threads() // _intra_op_threads()
 
 
 def _limit(threads: int) -> None:
@@ -33,18 +32,18 @@ def _limit(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _workers() -> ThreadPoolExecutor:
-    """The pool of this process (a fork has none of its parent's threads) for this number of threads."""
+def _executor() -> ThreadPoolExecutor:
+    """The pool of this process (a fork has none of its parent's threads) for this number of torch threads."""
     global _pool
     total, workers = torch.get_num_threads(), count()
     with _lock:
         if _pool is None or _pool[0] != (os.getpid(), total):
-            pool = ThreadPoolExecutor(workers, "klft", _limit, (_share(),))
-            meet = threading.Barrier(workers)
+            pool = ThreadPoolExecutor(workers, "klft", _limit, (_intra_op_threads(),))
+            barrier = threading.Barrier(workers)
             try:
-                wait([pool.submit(meet.wait) for _ in range(workers)])
+                wait([pool.submit(barrier.wait) for _ in range(workers)])
             except BaseException:
-                meet.abort()  # or those that came would wait for the others for ever
+                barrier.abort()  # or the threads that did start would wait for the others for ever
                 pool.shutdown(wait=False)
                 raise
             finally:
@@ -54,9 +53,9 @@ def _workers() -> ThreadPoolExecutor:
 
 
 def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """[job(item) for item in items], at once. Raises what a job raises, when all have ended.
+    """[job(item) for item in items], concurrently. Raises what a job raises, after all have ended.
 
-    Whoever is interrupted (Ctrl-C) waits for the jobs that have begun; the others never do.
+    An interrupt (Ctrl-C) waits for the jobs that have begun and cancels the others.
     """
     if len(items) < 2:
         return [job(item) for item in items]
@@ -69,7 +68,7 @@ def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     futures: list[Future[Any]] = []
     try:
         try:
-            pool = _workers()
+            pool = _executor()
             for item in items:
                 futures.append(pool.submit(run, item))
         except RuntimeError:  # Python is on its way out, or the system has no thread to give
@@ -81,6 +80,6 @@ def each(job: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
             future.cancel()
         wait(futures)
         raise
-    # Popped: a name for the future whose error this raises would tie the tiles to it until the garbage is collected.
+    # Popped: a reference to the future that raises would keep the tiles alive, in a cycle, until garbage collection.
     futures.reverse()
     return [futures.pop().result() for _ in range(len(futures))] + here

@@ -22,6 +22,7 @@ from support.fused import (
     every_function,
     every_head,
     every_row,
+    limits,
     mix,
     our_divergence,
     our_loss,
@@ -33,7 +34,7 @@ from support.fused import (
 )
 from support.oracles import two_heads, value_and_gradients
 
-from klft.fused import TokenScores, api, fused_token_loss, token_scores
+from klft.fused import TokenScores, fused_token_loss, token_scores
 from klft.heads import LMHead
 
 # --- values and gradients --------------------------------------------------------------------------------------------
@@ -402,10 +403,10 @@ def test_what_is_no_distribution_is_never_a_number(poison, place, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("slice_elements", [1, 5, EVERYTHING])
-def test_the_lowest_number_as_a_mask(dtype, slice_elements, monkeypatch):
-    """finfo.min instead of -inf: its tokens are as if they were not there, whole slices of them too."""
-    monkeypatch.setattr(api, "CPU_SLICE", slice_elements)
+@pytest.mark.parametrize("block_logits", [1, 5, EVERYTHING])
+def test_the_lowest_number_as_a_mask(dtype, block_logits, monkeypatch):
+    """finfo.min instead of -inf: its tokens are as if they were not there, whole blocks of them too."""
+    monkeypatch.setitem(*limits(block_logits=block_logits))
     two, kept = two_heads(3, 13, "bias"), [0, *range(4, 11), 12]
     gone = [i for i in range(13) if i not in kept]
     two.token_ids.copy_(torch.tensor([5, 0, 12]))

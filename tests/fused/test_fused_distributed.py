@@ -27,6 +27,7 @@ from support.fused import (
     dense_divergence,
     dense_loss,
     dense_scores,
+    limits,
     mix,
     our_divergence,
     our_loss,
@@ -37,7 +38,6 @@ from support.oracles import dead_words, two_heads, value_and_gradients
 from support.precision import assert_never_worse, plain, pooled, several
 from support.processes import environment
 
-from klft.fused import api
 from klft.sharding import VocabShard
 
 GROUPS = {1: [0], 2: [1, 2], 3: [0, 1, 2]}  # who makes up a world of that size
@@ -176,8 +176,9 @@ def found(case, rank, world, group):
     if case.special == "sharded reference":
         local.ref_weight, local.ref_bias = two.ref_weight[rows], two.ref_bias[rows]
         local.ref_options = two.ref_options | {"shard": shard}
-    api.CPU_TILE = EVERYTHING if case.special == "one tile" else 2 * -(-case.vocab // world)
-    api.CPU_SLICE = api.CPU_TILE // 2  # a tile in two slices
+    tile = EVERYTHING if case.special == "one tile" else 2 * -(-case.vocab // world)
+    table, kind, changed = limits(tile_logits=tile, block_logits=tile // 2)  # a tile in two blocks
+    table[kind] = changed
     leaves = [x.clone().requires_grad_(not frozen(case, n, x)) for n, x in zip(NAMES, local.leaves, strict=False)]
     weight, per_token = weight[mine], [x[mine] for x in per_token]
     if case.what == "scores":
@@ -213,7 +214,8 @@ def equal_models(own_tokens, rank, world, group):
 def in_fp32(name, rank, world, group):
     """Values and gradients of a few seeds, in the precision that rounds what the ranks tell each other."""
     shard, runs = VocabShard.even(256, group), []
-    api.CPU_TILE = EVERYTHING
+    table, kind, changed = limits(tile_logits=EVERYTHING)
+    table[kind] = changed
     for two, _ in several(1e-2, torch.float32):
         two = replace(two, weight=two.weight[shard.start : shard.stop], options={"shard": shard})
         runs.append(value_and_gradients(our_divergence(two, name), two.leaves))

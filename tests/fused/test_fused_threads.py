@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,6 +23,7 @@ from support.fused import (
     dense_scores,
     dense_total,
     every_function,
+    limits,
     mix,
     our_divergence,
     our_loss,
@@ -31,9 +33,10 @@ from support.fused import (
 )
 from support.oracles import HEADS, two_heads, value_and_gradients
 
-from klft.fused import api, workers
-from klft.fused.model_side import Side
-from klft.fused.plan import Problem
+from klft.fused import torch_backend, workers
+from klft.fused.collectives import Collectives
+from klft.fused.model_side import ModelSide
+from klft.fused.plan import Limits, make_plan
 from klft.heads import LMHead
 
 
@@ -41,7 +44,7 @@ from klft.heads import LMHead
 def count(request, monkeypatch):
     """So many threads, slices of one or two rows of the vocabulary."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(api, "CPU_SLICE", 5)
+    monkeypatch.setitem(*limits(block_logits=5))
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
@@ -332,12 +335,16 @@ def test_every_thread_has_a_part(tokens):
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
-        side = Side(torch.zeros(tokens, 1), LMHead(torch.zeros(151_936, 1)), 1.0)
-        problem = Problem(side, None, torch.zeros(tokens).long(), None, 1 << 30, 512, 1 << 18, False)
+        side = ModelSide(torch.zeros(tokens, 1), LMHead(torch.zeros(151_936, 1)), 1.0)
+        limits = Limits(1 << 30, 512, 1 << 18)
+        plan = make_plan(side, None, torch.zeros(tokens).long(), Collectives(None), torch_backend, False, limits)
+        shares = Counter()
+        plan.for_each_block(lambda _, workspace: shares.update([id(workspace)]), plan.workspaces())
         if tokens > 1:
-            assert len(problem.parts) == 8
-            assert {len(part) for part in problem.parts} == {len(problem.parts[0])}
-        assert problem.slices[-1].stop == 151_936
-        assert max(s.stop - s.start for s in problem.slices) * tokens <= 1 << 18
+            assert len(shares) == 8
+            assert len(set(shares.values())) == 1
+        blocks = plan.geometry.vocab_blocks
+        assert blocks[-1].stop == 151_936
+        assert max(rows.stop - rows.start for rows in blocks) * tokens <= 1 << 18
     finally:
         torch.set_num_threads(before)

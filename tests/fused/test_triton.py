@@ -13,12 +13,12 @@ import conftest  # noqa: F401 - also for the interpreter's process: few threads
 import pytest
 import torch
 from support import oracles
+from support.fused import limits
 from support.kernels import (
     INF,
     NAMES,
     NAN,
     close,
-    folded,
     gradient_by,
     kernels,
     log_probabilities,
@@ -26,6 +26,7 @@ from support.kernels import (
     normal,
     replaced,
     several_blocks,
+    shifted,
     sums_by,
     tile,
 )
@@ -67,7 +68,7 @@ def kernels_are_interpreted():
     return kernels().INTERPRETED
 
 
-# ---- fold_ -----------------------------------------------------------------------------------------------------------
+# ---- shift_by_max_ ---------------------------------------------------------------------------------------------------
 
 
 def folds(n, v, offset, device):
@@ -75,13 +76,13 @@ def folds(n, v, offset, device):
     truth = logits.double()
     z, intact = tile(logits, device)
     with several_blocks():
-        peak, total = folded(kernels(), z)
+        peak, total = shifted(kernels(), z)
     close(peak, truth.amax(-1), rtol=0, atol=0)
     close(z, truth - truth.amax(-1, keepdim=True), **ROUNDING)
     # As exact for logits of 1e4 as for logits of 1.
     close(total, (truth - truth.amax(-1, keepdim=True)).exp().sum(-1), **ROUNDING)
     assert intact()
-    for mine, theirs in zip((peak, total, z), (*folded(torch_backend, logits), logits), strict=True):
+    for mine, theirs in zip((peak, total, z), (*shifted(torch_backend, logits), logits), strict=True):
         close(mine, theirs, **ROUNDING)
 
 
@@ -107,7 +108,7 @@ def folds_the_unusual(device):
     values[7, 5] = NAN
     z, intact = tile(values, device)
     with several_blocks():
-        peak, total = folded(kernels(), z)
+        peak, total = shifted(kernels(), z)
     assert intact()
     keep = [0, 1, 6]
     close(peak[keep], values[keep].amax(-1))
@@ -119,7 +120,7 @@ def folds_the_unusual(device):
     assert not total[[3, 4, 5, 7]].isfinite().any()
     assert peak.isfinite().all()
     theirs = tile(values, device)[0]
-    other = folded(torch_backend, theirs)
+    other = shifted(torch_backend, theirs)
     assert other[1].isfinite().tolist() == total.isfinite().tolist()
     assert (other[0].isfinite() & (other[0][[0, 1, 2, 3, 6]] == peak[[0, 1, 2, 3, 6]]).all()).all()
 
@@ -217,8 +218,8 @@ def nearly_equal(device):
     ref_logits[4] = logits[4]
     z, y = tile(logits, device)[0], tile(ref_logits, device)[0]
     with several_blocks():
-        norm = norm_of(*(folded(kernels(), t)[1].log() for t in (z, y)))
-        found = kernels().exact_sums([z], [y], norm, NAMES, None)[2:].cpu()
+        norm = norm_of(*(shifted(kernels(), t)[1].log() for t in (z, y)))
+        found = sums_by(kernels(), z, y, NAMES, norm)[2:].cpu()
     truth = torch.stack([oracles.reverse_kl(logits, ref_logits), oracles.forward_kl(logits, ref_logits)])
     assert ((truth[:, :4] > 3e-7) & (truth[:, :4] < 8e-7)).all()
     close(found[:, :4], truth[:, :4], rtol=1e-3, atol=0.0)
@@ -312,7 +313,7 @@ def test_gradient_of_suppressed_tokens(check):
 def nothing_to_do(n, v, device):
     empty = torch.zeros(n, v, device=device)
     for backend in (kernels(), torch_backend):
-        assert [t.tolist() for t in folded(backend, empty)] == [[0.0] * n] * 2
+        assert [t.tolist() for t in shifted(backend, empty)] == [[0.0] * n] * 2
         assert sums_by(backend, empty, empty, NAMES).tolist() == [[0.0] * n] * 4
         assert gradient_by(backend, empty, empty, *[torch.zeros(n, device=device)] * 4).shape == (n, v)
 
@@ -332,10 +333,10 @@ def other_tiles(dtype, transposed, device):
     results = []
     for backend in (kernels(), torch_backend):
         z, y = make(0), make(1)
-        peak, total = folded(backend, z)
-        norm = norm_of(total.log(), folded(backend, y)[1].log())
-        results.append([peak, total, backend.exact_sums([z], [y], norm, NAMES, None)])
-        results[-1] += [next(backend.gradients([z], [y], norm, peak, peak, peak, peak, None)), z, y]
+        peak, total = shifted(backend, z)
+        norm = norm_of(total.log(), shifted(backend, y)[1].log())
+        results.append([peak, total, sums_by(backend, z, y, NAMES, norm)])
+        results[-1] += [gradient_by(backend, z, y, *[peak] * 4, norm), z, y]
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -362,9 +363,9 @@ def beyond_2_to_the_31(device):
     results = []
     with several_blocks():
         for z, y in ((lp, lq), small):
-            logs = [t.log() for k in (z, y) for t in folded(kernels(), k)[1:]]
-            out = [*logs, kernels().exact_sums([z], [y], norm_of(*logs), NAMES, None)]
-            next(kernels().gradients([z], [y], norm_of(*logs), a, a, a, a, None))
+            logs = [t.log() for k in (z, y) for t in shifted(kernels(), k)[1:]]
+            out = [*logs, sums_by(kernels(), z, y, NAMES, norm_of(*logs))]
+            gradient_by(kernels(), z, y, a, a, a, a, norm_of(*logs))
             results.append([*out, *z, *y])
     for big, expected in zip(*results, strict=True):
         close(big, expected, **ROUNDING)
@@ -400,8 +401,8 @@ def by_backend(backend, name, kind, special, device):
 
 
 def agree(name, kind, special, device):
-    set_tile = replaced(api, "CPU_TILE" if device == "cpu" else "TILE", 4 * 127)
-    with several_blocks(), set_tile:
+    table, where, changed = limits(device, tile_logits=4 * 127)
+    with several_blocks(), replaced(table, where, changed):
         ours, theirs = (by_backend(backend, name, kind, special, device) for backend in ("triton", "torch"))
     for mine, other in zip(ours, theirs, strict=True):
         close(mine, other)

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 from support import tiny
+from support.fused import limits
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from klft import FrozenReference
-from klft.fused import api
 from klft.generation import Batch, generate
 from klft.masked import token_logps
 from klft.ppo.inputs import prompts_of
@@ -172,7 +172,7 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("estimator", ["k1", "exact"])
 def test_logits_never_exist_whole(estimator, tmp_path, monkeypatch):
     """A tile of 3 tokens is the most there is in scoring and in training; generation has one row per completion."""
-    monkeypatch.setattr(api, "CPU_TILE", 3 * 4 * tiny.VOCABULARY)
+    monkeypatch.setitem(*limits(tile_logits=3 * 4 * tiny.VOCABULARY))
     large = {"vocab_size": 4 * tiny.VOCABULARY}
     run = tiny.trainer(
         tmp_path, tiny.llama(**large), given={"reference": tiny.llama(5, **large)}, max_steps=1, kl_estimator=estimator,

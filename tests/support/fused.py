@@ -1,11 +1,12 @@
 """klft.fused's functions of two heads, and the same from dense float64 logits: one call each, ours and dense."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from klft.fused import api, fused_token_loss, linear_divergence, token_scores
+from klft.fused import fused_token_loss, linear_divergence, plan, token_scores
 from klft.heads import LMHead
 from support import oracles
 from support.divergences import ROWS
@@ -23,11 +24,16 @@ DIFFERENTIABLE = ("logp", "entropy", "reverse_kl", "forward_kl")
 CONSTANT = ("ref_logp", "ref_entropy", "top1_agree")
 
 
+def limits(device="cpu", **changed):
+    """(plan.LIMITS, its key, its limits with some replaced), as monkeypatch.setitem takes them."""
+    kind = "cpu" if device == "cpu" else "gpu"
+    return plan.LIMITS, kind, replace(plan.LIMITS[kind], **changed)
+
+
 def set_tile(monkeypatch, elements):
-    """Logits per tile; where they are few, so are those of a slice."""
-    for name in ("CPU_TILE", "TILE"):
-        monkeypatch.setattr(api, name, elements)
-    monkeypatch.setattr(api, "CPU_SLICE", max(5, elements // 3))
+    """Logits per tile; where they are few, so are those of a block."""
+    monkeypatch.setitem(*limits("cpu", tile_logits=elements, block_logits=max(5, elements // 3)))
+    monkeypatch.setitem(*limits("cuda", tile_logits=elements))
 
 
 def tiles(monkeypatch, vocab):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from klft.fused.torch_backend import Norm
+from klft.fused.torch_backend import Coefficients, Norm, Workspace
 
 INF, NAN = math.inf, math.nan
 NAMES = ("entropy", "ref_entropy", "reverse_kl", "forward_kl")
@@ -21,12 +21,14 @@ def kernels():
 
 @contextmanager
 def replaced(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+    """An attribute, or an item of a dictionary, for a while."""
+    get, put = (dict.get, dict.__setitem__) if isinstance(owner, dict) else (getattr, setattr)
+    before = get(owner, name)
+    put(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        put(owner, name, before)
 
 
 def several_blocks():
@@ -54,22 +56,35 @@ def close(found, truth, **tolerance):
     torch.testing.assert_close(found.double().cpu(), truth.double().cpu(), equal_nan=True, **(tolerance or CLOSE))
 
 
-def norm_of(lse, ref_lse):
-    """Of one slice whose logits have these log-sum-exps [n], as a Norm."""
-    return Norm(*(t[None] for t in (lse, torch.exp(-lse), ref_lse, torch.exp(-ref_lse), ref_lse - lse)))
+def norm_of(log_z, ref_log_z):
+    """Of one block whose logits have these log-sum-exps [n], as a Norm."""
+    return Norm(log_z, torch.exp(-log_z), ref_log_z, torch.exp(-ref_log_z), ref_log_z - log_z)
 
 
-def sums_by(backend, lp, lq, names):
+def unnormed(lp):
+    """The Norm of log-probabilities."""
     zero = lp.new_zeros(len(lp))
-    return backend.exact_sums([lp], [lq], norm_of(zero, zero), names, None)
+    return norm_of(zero, zero)
 
 
-def gradient_by(backend, lp, lq, a, b=None, c=None, d=None):
-    zero = lp.new_zeros(len(lp))
-    return next(backend.gradients([lp], [lq], norm_of(zero, zero), a, b, c, d, None))
+def of_all_blocks(norm):
+    """A Norm [1, n] of the only block there is."""
+    return Norm(*(t[None] for t in norm))
 
 
-def folded(backend, z):
-    peak, total = torch.full((2, len(z)), EDGE, dtype=z.dtype, device=z.device)
-    backend.fold_(z, peak, total, None)
-    return peak, total
+def sums_by(backend, z, y, names, norm=None):
+    norm, parts = norm or unnormed(z), torch.full((1, len(names), 2, len(z)), EDGE, dtype=z.dtype, device=z.device)
+    backend.exact_sums(z, y, norm, names, parts[0], Workspace(z.device))
+    return backend.combine_sums(parts, of_all_blocks(norm), names)
+
+
+def gradient_by(backend, z, y, a, b=None, c=None, d=None, norm=None):
+    (factors,) = backend.gradient_factors(of_all_blocks(norm or unnormed(z)), Coefficients(a, b, c, d))
+    return backend.gradient(z, y, factors, Workspace(z.device))
+
+
+def shifted(backend, z):
+    """(row max, sum of exp), z shifted in place."""
+    row_max, sum_exp = torch.full((2, len(z)), EDGE, dtype=z.dtype, device=z.device)
+    backend.shift_by_max_(z, row_max, sum_exp, Workspace(z.device))
+    return row_max, sum_exp

@@ -1,0 +1,64 @@
+"""What the ranks that share a vocabulary say to each other about one chunk of tokens.
+
+Two kinds of sharding (klft.sharding): tensor parallel, where all ranks score the same tokens, and data parallel
+(`dp_tokens`), where each rank has tokens of its own and a tile holds the tokens of all of them.
+"""
+
+import torch
+from torch import Tensor
+
+from klft.sharding import VocabShard
+
+
+class Collectives:
+    """The collectives of one call. Without a shard (None, or a group of one) nothing is sent."""
+
+    def __init__(self, shard: VocabShard | None):
+        self.shard = None if shard is None or shard.world == 1 else shard
+        self.dp_tokens = self.shard is not None and self.shard.own_tokens
+        self.ranks = self.shard.world if self.shard is not None and self.dp_tokens else 1  # whose tokens a tile holds
+
+    def agree(self, tokens: int, wants_grad: bool, device: torch.device) -> tuple[int, bool]:
+        """(most tokens of any rank, whether any rank wants hidden's gradient), so that all make the same tiles."""
+        if self.shard is None or not self.dp_tokens:
+            return tokens, wants_grad
+        most = self.shard.all_gather(torch.tensor([tokens, wants_grad], device=device)).amax(0).tolist()
+        return most[0], bool(most[1])
+
+    def all_gather(self, t: Tensor) -> Tensor:
+        """[*] -> [shards, *]: what each shard of the vocabulary has to say."""
+        return t[None] if self.shard is None else self.shard.all_gather(t)
+
+    def all_gather_tokens(self, t: Tensor, chunk_size: int) -> Tensor:
+        """All-gather a per-token tensor: [n, *] -> [ranks * chunk_size, *], zero-padded. No-op unless dp_tokens."""
+        if self.shard is None or not self.dp_tokens:
+            return t
+        padded = t.new_zeros(chunk_size, *t.shape[1:])
+        padded[: len(t)] = t
+        return self.shard.all_gather(padded).flatten(0, 1)
+
+    def local_tokens(self, t: Tensor, chunk_size: int, tokens: int) -> Tensor:
+        """[ranks * chunk_size, *] -> [tokens, *]: this rank's part. No-op unless dp_tokens."""
+        if self.shard is None or not self.dp_tokens:
+            return t
+        start = self.shard.rank * chunk_size
+        return t[start : start + tokens]
+
+    def all_gather_factors(self, g: dict[str, Tensor], chunk_size: int) -> dict[str, Tensor]:
+        """d loss / d score of this rank's tokens, by score -> of every token of the tile. One collective."""
+        if not self.dp_tokens or not g:
+            return g
+        return dict(
+            zip(g, self.all_gather_tokens(torch.stack(list(g.values()), -1), chunk_size).unbind(-1), strict=True)
+        )
+
+    def reduce_scatter_tokens(self, t: Tensor, tokens: int) -> Tensor:
+        """[ranks * chunk_size, D] -> [tokens, D]: sum over shards of this rank's tokens. No-op unless dp_tokens."""
+        if self.shard is None or not self.dp_tokens:
+            return t
+        return self.shard.reduce_scatter(t)[:tokens]
+
+    def all_reduce_(self, t: Tensor) -> None:
+        """Sum over shards, in place, where all ranks have the same tokens (tensor parallel). No-op otherwise."""
+        if self.shard is not None and not self.dp_tokens:
+            self.shard.all_reduce_(t)
