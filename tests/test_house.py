@@ -13,7 +13,7 @@ import klft
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    "_version": 0, "masked": 0, "divergences": 0, "controllers": 0, "token_rules": 0,
+    "_version": 0, "writing": 0, "masked": 0, "divergences": 0, "controllers": 0, "token_rules": 0,
     "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1,
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,

@@ -25,8 +25,9 @@ from klft.diagnostics.records import (
     records_table,
     write_records,
 )
-from klft.diagnostics.stats import Statistics, scalars, summary_lines, visible
+from klft.diagnostics.stats import Statistics, scalars, summary_lines
 from klft.diagnostics.vocabulary import token_classes, token_texts
+from klft.writing import visible
 
 if TYPE_CHECKING:
     from klft.diagnostics.callback import TokenKLCallback

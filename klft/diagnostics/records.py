@@ -23,6 +23,7 @@ from torch import Tensor
 from klft._version import __version__
 from klft.diagnostics.stats import SEQUENCE, Statistics, scalars
 from klft.diagnostics.vocabulary import token_classes, token_texts, tokenizer_hash
+from klft.writing import atomic_write
 
 SCHEMA_VERSION = 1
 
@@ -130,15 +131,8 @@ def write_records(table: pa.Table, path: str | os.PathLike, metadata: Metadata) 
     """
     path = Path(path)
     table = _conform(table, "the table").replace_schema_metadata({b"klft": metadata.to_json().encode()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd")
     return path
 
 

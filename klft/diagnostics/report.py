@@ -22,7 +22,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from klft._version import __version__
 from klft.diagnostics.records import Metadata, read_records
-from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant, visible
+from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant
+from klft.writing import atomic_write, visible
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("tokens.js", "charts.js", "report.js")
@@ -60,12 +61,8 @@ def write_report(
         raise ValueError("the table has no rows, so there is nothing to show: were all tokens masked?")
     html = _render(_context(table, metadata, _choose(table, sequences, seed), tokens, seed, title))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(html.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(html.encode())
     return path
 
 

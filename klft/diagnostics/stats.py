@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from klft.diagnostics.distributions import Distribution, Tally, bin_numbers, middle, moments, percentile_of
+from klft.writing import visible
 
 COLUMNS: dict[str, str] = {
     "reverse": "reverse_kl", "forward": "forward_kl", "entropy": "entropy", "ref_entropy": "ref_entropy",
@@ -433,8 +434,3 @@ def summary_lines(stats: Statistics) -> list[tuple[str, str]]:
 
 def _with_error(mean: float, error: float | None) -> str:
     return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {error:.2g}"
-
-
-def visible(text: str) -> str:
-    """Text with every control, format and invisible character escaped (\\x1b, \\u202e): safe for a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -4,7 +4,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from klft.diagnostics.stats import Statistics, summary_lines, visible
+from klft.diagnostics.stats import Statistics, summary_lines
+from klft.writing import visible
 
 
 def summary_table(stats: Statistics, title: str = "") -> Table:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from klft.ppo.guards import on_all_ranks
+from klft.writing import atomic_write, sync_file, sync_folder
 
 logger = logging.get_logger(__name__)
 
@@ -33,22 +34,16 @@ def seal(folder: Path, final: Path) -> None:
     """Flush everything under `folder`, write the marker, rename to `final`."""
     sizes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    with (folder / MARKER).open("w") as file:
-        json.dump({"files": sizes, "written": time.time()}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(folder / MARKER) as file:
+        file.write(json.dumps({"files": sizes, "written": time.time()}, indent=1).encode())
     replaced = final.with_name(f"tmp-replaced-{final.name}")
     if final.exists():  # a run that went back and came by here again
         os.rename(final, replaced)
     os.rename(folder, final)
     shutil.rmtree(replaced, ignore_errors=True)
-    for parent in (final, final.parent):
-        descriptor = os.open(parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_folder(final.parent)
 
 
 def what_is_wrong(folder: Path) -> str | None:

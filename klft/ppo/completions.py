@@ -1,6 +1,5 @@
 """The table of completions: on the terminal, and as Parquet beside the run."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from klft.writing import atomic_write, visible
+
 
 def plain(text: Any) -> Text:
-    """Text as it is: no markup is read in it, and control characters (ESC, NUL ...) show as visible glyphs."""
-    shown = "".join(_visible(c) for c in str(text))
-    return Text(shown)
-
-
-def _visible(c: str) -> str:
-    code = ord(c)
-    if code < 32:
-        return chr(0x2400 + code)
-    if (
-        code == 127
-        or 0x80 <= code < 0xA0
-        or 0xD800 <= code < 0xE000
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-    ):
-        return f"\\u{code:04x}"
-    return c
+    """Text as it is: no markup is read in it, and control characters (ESC, NUL ...) are escaped."""
+    return Text(visible(str(text)))
 
 
 def completion_rows(
@@ -56,10 +41,9 @@ def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, ho
     Console().print(table)
     folder = output_dir / "completions"
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"completions_{step:05d}.parquet.tmp"
     columns = {name: _storable([row[name] for row in rows]) for name in rows[0]}
-    pq.write_table(pa.table(columns | {"step": [step] * len(rows)}), unfinished)
-    os.replace(unfinished, unfinished.with_suffix(""))
+    with atomic_write(folder / f"completions_{step:05d}.parquet") as file:
+        pq.write_table(pa.table(columns | {"step": [step] * len(rows)}), file)
 
 
 def _storable(values: list) -> list:

@@ -4,13 +4,13 @@ import base64
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
 from collections import defaultdict
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -168,13 +168,11 @@ def test_a_failure_leaves_the_old_page_and_nothing_else(source, tmp_path, monkey
     with pytest.raises(ValueError, match="is a folder"):
         write_report(source, tmp_path)
 
-    def full(to, data):
-        with to.open("wb") as file:
-            file.write(data[:1000])
+    def full(_descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             write_report(source, path)
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]

@@ -9,7 +9,7 @@ import pytest
 from support.browser import Browser, missing
 from support.example_report import HOSTILE, data_of, example, table_of, write_hostile
 
-from klft.diagnostics import write_report
+from klft.diagnostics import visible, write_report
 
 SECTIONS = ["summary", "tokens", "curves", "scatter", "worst", "classes", "steps"]
 GLYPHS = {"\t": "⇥", "\n": "⏎", " ": "␣"}
@@ -77,8 +77,7 @@ def as_shown(text):
         return "∅"
     if len(text) > 200:
         return text[:200] + f"… cut, {len(text):,} characters"
-    escapes = [f"\\x{ord(c):02x}" if ord(c) < 256 else f"U+{ord(c):04X}" for c in text]
-    shown = (GLYPHS.get(c, c if c.isprintable() else escape) for c, escape in zip(text, escapes, strict=True))
+    shown = (GLYPHS.get(c, visible(c)) for c in text)
     return ("\u25cc" if text[0] == "\u0301" else "") + "".join(shown)
 
 
@@ -433,7 +432,7 @@ def test_hostile_texts_stand_there_literally_and_run_nothing(look, hostile, widt
         assert card["said"] == as_shown(text)
         token, box = browser.each("[aria-describedby=card], #card", EDGES)
         assert box[2] >= token[3] or box[3] <= token[2]  # tokens of many lines too
-        assert [said for said, _ in card["policy"]] == ["U+D83D", "U+DE00U+202E", as_shown(HOSTILE[0])]
+        assert [said for said, _ in card["policy"]] == ["\\ud83d", "\\ude00\\u202e", as_shown(HOSTILE[0])]
     assert set(browser.each(".t, .tok, bdi", "getComputedStyle(e).unicodeBidi")) == {"isolate"}
     assert browser.js(WIDTH) == width
     made = set(browser.each("*", "e.tagName.toLowerCase()"))

@@ -50,8 +50,8 @@ def test_text_prints_literally(text):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("a\x00b\x1b[0m\n", "a\u2400b\u241b[0m\u240a"),
-        ("\x7f\x9b", "\\u007f\\u009b"),
+        ("a\x00b\x1b[0m\n", "a\\x00b\\x1b[0m\\n"),
+        ("\x7f\x9b", "\\x7f\\x9b"),
         ("\ud83d!", "\\ud83d!"),
         ("\u202ex", "\\u202ex"),
         ("[/INST][b]x", "[/INST][b]x"),
@@ -78,7 +78,7 @@ def test_the_table_shows_all_of_it_literally_and_the_file_reads_back(capsys, tmp
     assert not (DANGEROUS - {"\n"}) & set(out)
     out.encode("utf-8")
     assert "[/INST] [bold red]shout[/] [link=http://x]y[/link]" in out
-    assert "\u241b[31mred\u241b[0m" in out
+    assert "\\x1b[31mred\\x1b[0m" in out
     assert f"completions at step 3, showing {len(rows)} of {len(rows)}" in out
     (path,) = (tmp_path / "completions").iterdir()
     assert path.name == "completions_00003.parquet"

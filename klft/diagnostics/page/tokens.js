@@ -38,9 +38,10 @@ const UNSEEN = /[\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]|(?! )\p{Zs}/
 const GLYPHS = { " ": "␣", "\n": "⏎", "\t": "⇥" };
 const SELECTOR = /[\ufe0e\ufe0f]/; // chooses between text and emoji form of the character before it
 
-function escaped(c) {
-  const code = c.codePointAt(0), hex = code.toString(16);
-  return code < 256 ? `\\x${hex.padStart(2, "0")}` : `U+${hex.toUpperCase().padStart(4, "0")}`;
+function escaped(c) { // as klft.writing.visible has it
+  if (c === "\r") return "\\r";
+  const code = c.codePointAt(0), [letter, width] = code < 256 ? ["x", 2] : code < 65536 ? ["u", 4] : ["U", 8];
+  return `\\${letter}${code.toString(16).padStart(width, "0")}`;
 }
 
 /* A token's text: white space as glyphs, what cannot be seen as an escape, all else as it is. */
