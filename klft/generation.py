@@ -1,9 +1,10 @@
 """Completions sampled from the distribution that is scored."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from klft.models import evaluating
@@ -14,52 +15,55 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Batch:
-    """Tokens of B completions. Prompts are left-padded, completions right-padded; masks are True on real tokens."""
+class Completions:
+    """Prompts, left-padded, and what follows them, right-padded; masks are True on real tokens."""
 
-    prompt_ids: Tensor  # [B, P]
-    prompt_mask: Tensor  # [B, P]
-    completion_ids: Tensor  # [B, C]
-    mask: Tensor  # [B, C]: up to and including the first end-of-sequence token
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B C"]
+    mask: Bool[Tensor, "B C"]  # up to and including the first end of sequence
 
-    def rows(self, index: Any):
-        """The same with some of the rows."""
+    def rows(self, index: Any) -> Self:
+        """Some of the sequences."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """(input_ids, attention_mask) [B, P + C]."""
+    def inputs(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """(input_ids, attention_mask), T = P + C."""
         ids = torch.cat([self.prompt_ids, self.completion_ids], 1)
         return ids, torch.cat([self.prompt_mask, self.mask], 1).long()
 
 
-class _Scored:
-    """Samples from what is scored: only ids both models have. Stops at a NaN and says where."""
+class _SharedVocabulary:
+    """A logits processor: samples from what is scored, the ids both models have. Stops at a NaN and says where."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        bad = (scores.isnan() | (scores == torch.inf)).any(-1).nonzero().flatten().tolist()
-        if bad:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        nonfinite = (scores.isnan() | (scores == torch.inf)).any(-1).nonzero().flatten().tolist()
+        if nonfinite:
             raise ValueError(
-                f"the policy's logits are not finite for sample {bad[0]}, position {input_ids.shape[1]} ({len(bad)} of "
-                f"{len(scores)} samples). Try another precision (bf16 or fp32) or a lower learning rate."
+                f"the policy's logits are not finite for sample {nonfinite[0]}, position {input_ids.shape[1]} "
+                f"({len(nonfinite)} of {len(scores)} samples). Try another precision (bf16 or fp32) or a lower "
+                "learning rate."
             )
         scores[:, self.vocab_size :] = -torch.inf
         return scores
 
 
-def generate(
+def sample_completions(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    ends: list[int],
-    pad_id: int,
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
     config: "GenerationConfig",
     vocab_size: int,
-) -> tuple[Batch, Tensor]:
-    """(completions, terminated [B]), sampled from `model` (unwrapped). Its own generation_config is left as it was."""
+) -> tuple[Completions, Bool[Tensor, "B"]]:
+    """(completions, terminated) of `model` (unwrapped), sampled as `config` says and no otherwise.
+
+    The model's own generation_config has no say and is left as it was; `config` names the end and pad ids. Only ids
+    below `vocab_size` are sampled. Raises ValueError, naming sample and position, for logits that are not finite.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
     own = model.generation_config
@@ -72,10 +76,13 @@ def generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_Scored(vocab_size)]),
+                logits_processor=LogitsProcessorList([_SharedVocabulary(vocab_size)]),
             )
     finally:
         model.generation_config = own
     completion_ids = ids[:, prompt_ids.shape[1] :]
-    mask, terminated = completion_mask(completion_ids, ends)
-    return Batch(prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, pad_id), mask), terminated
+    eos: Any = config.eos_token_id
+    mask, terminated = completion_mask(completion_ids, eos if isinstance(eos, list) else [eos] * (eos is not None))
+    return Completions(
+        prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, config.pad_token_id), mask
+    ), terminated

@@ -12,31 +12,32 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
-def alone(t: Tensor) -> Tensor:
+def no_reduce(t: Tensor) -> Tensor:
+    """The sum over a single process."""
     return t
 
 
 Reduce = Callable[[Tensor], Tensor]
 
 
-def spread(flat: Shaped[Tensor, "N *K"], mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T *K"]:
-    """What was taken by `t[mask]`, back in its places; 0 elsewhere."""
+def scatter_masked(flat: Shaped[Tensor, "N *K"], mask: Bool[Tensor, "*B"]) -> Shaped[Tensor, "..."]:
+    """[*B, *K], the inverse of `t[mask]`: its values back in their places, 0 elsewhere."""
     grid = flat.new_zeros(*mask.shape, *flat.shape[1:])
     grid[mask] = flat
     return grid
 
 
-def masked_sum(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+def masked_sum(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Sum of x where mask holds, over all processes."""
     return reduce(torch.where(mask, x, 0.0).sum())
 
 
-def masked_mean(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+def masked_mean(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts."""
     return masked_sum(x, mask, reduce) / reduce(mask.sum()).clamp(min=1)
 
 
-def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = alone) -> Float[Tensor, ""]:
+def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Variance (divided by the count, not count - 1) where mask holds, over all processes. 0 for one token or none."""
     x = torch.where(mask, x, 0.0)  # what is masked must not reach the arithmetic: a NaN would come back as a gradient
     # Two passes: a sum of squares minus a squared mean cancels in fp32.
@@ -46,7 +47,7 @@ def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce 
 def masked_whiten(
     x: Float[Tensor, "*B"],
     mask: Bool[Tensor, "*B"],
-    reduce: Reduce = alone,
+    reduce: Reduce = no_reduce,
     *,
     shift_mean: bool = True,
     eps: float = 1e-8,

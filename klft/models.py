@@ -61,12 +61,8 @@ def require_causal_lm(model: nn.Module, role: str) -> None:
         raise TypeError(f"{role}: {config._name_or_path} is a {loaded_as[0]}; its vocabulary head would be random")
 
 
-def check_vocabularies(policy: nn.Module, reference: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse vocabularies that cannot be compared; padding beyond the tokenizer's own ids may differ.
-
-    Raises ValueError if either head is smaller than the tokenizer, or sizes differ for another reason than padding.
-    """
-    sizes = {"policy": vocab_size(policy), "reference": vocab_size(reference)}
+def check_vocabularies(tokenizer: "PreTrainedTokenizerBase", **sizes: int) -> None:
+    """Raise ValueError if a head (by role: its rows) is smaller than the tokenizer. Rows beyond its ids may differ."""
     for role, size in sizes.items():
         if size < len(tokenizer):
             raise ValueError(f"the {role}'s head has {size} rows, but the tokenizer has {len(tokenizer)} ids")
@@ -81,19 +77,24 @@ class VocabularyCut:
     """Cuts logits to the ids both models have, and says once how much probability the cut ids held."""
 
     def __init__(self):
-        self.told = False
+        self.warned = False
 
     def __call__(self, logits: Tensor, size: int) -> Tensor:
         if logits.shape[-1] == size:
             return logits
-        if not self.told:
-            self.told = True
-            held = logits.detach().float().softmax(-1)[..., size:].sum(-1).max().item()
+        if not self.warned:
+            held = logits.detach().float().softmax(-1)[..., size:].sum(-1)
+            self.warn(logits.shape[-1], size, held.max().item() if held.numel() else 0.0)
+        return logits[..., :size]
+
+    def warn(self, rows: int, size: int, held: float) -> None:
+        """Once: a head of `rows` rows is cut to `size`; `held` is the most probability that was cut from a token."""
+        if not self.warned:
+            self.warned = True
             logger.warning(
                 "a model has %d vocabulary rows, the other %d: ids from %d on are padding and left out "
-                "(at most %.1e of the probability in the first batch)", logits.shape[-1], size, size, held,
+                "(at most %.1e of the probability in the first batch)", rows, size, size, held,
             )  # fmt: skip
-        return logits[..., :size]
 
 
 @contextmanager
@@ -122,12 +123,28 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_positions(longest: int, model: nn.Module, ref_model: nn.Module) -> None:
-    """Raise ValueError where a model has fewer positions than the longest text has tokens."""
-    for role, each in (("model", model), ("reference", ref_model)):
-        positions = getattr(base_of(each).config.get_text_config(), "max_position_embeddings", None) or longest
-        if 0 < positions < longest:
-            raise ValueError(f"texts have up to {longest} tokens, the {role} {positions} positions: cut them shorter")
+def max_positions(model: nn.Module) -> int | None:
+    """The longest text the model can read, in tokens; None where its configuration has no such limit."""
+    positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None
+
+
+def check_positions(longest: int, **positions: int | None) -> None:
+    """Raise ValueError where a model (by role: its positions, or None) has fewer than the longest text has tokens."""
+    for role, limit in positions.items():
+        if limit is not None and limit < longest:
+            raise ValueError(f"texts have up to {longest} tokens, the {role} {limit} positions: cut them shorter")
+
+
+def check_no_shared_storage(reference: nn.Module, policy: nn.Module) -> None:
+    """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
+    own = {p.untyped_storage().data_ptr() for p in reference.parameters() if p.numel()}
+    for name, p in policy.named_parameters():
+        if p.numel() and p.untyped_storage().data_ptr() in own:
+            raise ValueError(
+                f"the reference shares the policy's memory (parameter {name!r}), so it would not stay frozen. "
+                "Load it a second time, or copy it with copy.deepcopy(model)."
+            )
 
 
 def check_tokenizers(tokenizer: Any, ref_tokenizer: Any) -> None:

@@ -1,17 +1,23 @@
 """KLPenalty: a reference, a measure of the KL, a coefficient and the place where the penalty goes, as one object.
 
-For a training loop of your own:
+For a training loop of your own, from logits:
 
     penalty = KLPenalty(FrozenReference(ref_model), controller=AdaptiveKL(0.05, target=6.0, horizon=10_000))
     kl = penalty.measure(model(**batch).logits, batch["input_ids"], batch["attention_mask"], completion_mask)
     rewards = penalty.rewards(scores, kl)                    # [B, T], detached: score - coef * KL
     loss = policy_loss + masked_mean(penalty.losses(kl), kl.mask)   # 0 where nothing belongs in the loss
     penalty.update(kl)                                       # the controller sees nats per sequence
+
+Without logits: `measure_hidden` in the place of `measure`, and inside fused_token_loss
+
+    loss_fn = lambda s, advantages: (-s.logp * advantages + penalty.token_losses(s)).sum()
 """
 
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,25 +25,52 @@ from torch import Tensor
 
 from klft.controllers import Controller, FixedKL
 from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
+from klft.fused import token_scores
+from klft.heads import LMHead
+from klft.masked import Reduce, no_reduce, scatter_masked
 from klft.models import VocabularyCut
-from klft.references import AdapterReference, FrozenReference
+from klft.references import Reference, resolve_reference
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from klft.fused.functions import ChunkScores
+
+logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("reward", "loss", "both")
 ESTIMATES = ("k1", "k2", "k3", "exact")
 
+TokenRule = Callable[[Tensor | None, Tensor, TokenScores], Tensor]
+"""(token_ids, mask, scores), [*B] each -> weight [*B], >= 0: how much each token counts."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class TokenKL:
-    """Scores [B, T] with the mask of the tokens that count, and who sampled them if that was not the policy scored."""
+    """Scores of tokens, which of them count, and how much: what every part of a penalty is computed from.
+
+    KLPenalty's measure functions fill it. *B is [B, T], sequences in rows, where rewards or sequences are asked for; a
+    loss takes any shape.
+    """
 
     scores: TokenScores
-    mask: Tensor
-    behaviour_logp: Tensor | None = None
-    token_ids: Tensor | None = None
-    culprits: str = ""  # what made a KL infinite, for the message
-    clipped: int = 0
+    mask: Bool[Tensor, "*B"]  # True where a token counts
+    behaviour_logp: Float[Tensor, "*B"] | None = None  # of the policy that sampled, if that was not the one scored
+    token_ids: Int[Tensor, "*B"] | None = None
+    weight: Float[Tensor, "*B"] | None = None  # of each token's KL, in rewards, losses, metrics; None: 1
+    one_sided_ids: tuple[int, ...] = ()  # where a KL is infinite: ids that only one of the models suppresses
+
+    @property
+    def counted(self) -> Bool[Tensor, "*B"]:
+        """Where the mask holds and the weight is not 0."""
+        return self.mask if self.weight is None else self.mask & (self.weight != 0)
+
+    @property
+    def weights(self) -> Float[Tensor, "*B"]:
+        """The weight of every token, 1 by default."""
+        return torch.ones_like(self.scores.logp) if self.weight is None else self.weight
 
 
 def check_combination(direction: str, estimator: str, placement: str) -> None:
@@ -54,6 +87,11 @@ def check_combination(direction: str, estimator: str, placement: str) -> None:
             f"{direction} {estimator} in the reward and in the loss counts the KL twice, with a gradient of neither. "
             "placement='both' goes with estimator='exact', or with 'k3' of the reverse KL."
         )
+
+
+def effective_placement(estimator: str, placement: str) -> str:
+    """Where a penalty really goes: exact KL in the reward alone has a wrong gradient, so its loss part goes with it."""
+    return "both" if (estimator, placement) == ("exact", "reward") else placement
 
 
 def _warn_of(direction: str, estimator: str, placement: str) -> None:
@@ -78,26 +116,30 @@ class KLPenalty:
     """A KL penalty against a frozen reference, for the reward, the loss, or both.
 
     Args:
+        reference: a klft reference, or a causal LM, which is frozen.
         estimator: "k1", "k2", "k3" (sampled) or "exact" (over the whole vocabulary). "exact" is a differentiable loss
             on each token's own KL plus the detached KL of the *later* tokens in the reward: together the gradient of
             the sequence KL, with far less variance than k1. With placement="loss" only the first part is used.
         placement: "reward", "loss", or "both" (for exact and k3, whose two halves make up one right gradient). k1 as a
             loss is refused; combinations with a wrong gradient warn by name.
+        controller: of the coefficient; it sees nats per sequence.
         clip: the largest log-ratio, either sign (sampled), or KL (exact) of one token, in nats; what lies beyond
-            counts as that much, without a gradient, and is counted. Without it an infinite KL is an error.
+            counts as that much, without a gradient, see `clipped`. Without it an infinite KL is an error.
+        token_rule: how much each token's KL counts, see TokenRule.
 
     Raises ValueError for unknown names and for k1 in the loss.
     """
 
     def __init__(
         self,
-        reference: FrozenReference | AdapterReference,
+        reference: "Reference | PreTrainedModel",
         *,
         direction: str = "reverse",
         estimator: str = "k1",
         placement: str = "reward",
         controller: Controller = FixedKL(0.05),  # noqa: B008 - a FixedKL never changes
         clip: float | None = None,
+        token_rule: TokenRule | None = None,
     ):
         for name, value, known in (
             ("direction", direction, DIRECTIONS),
@@ -110,16 +152,18 @@ class KLPenalty:
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
         _warn_of(direction, estimator, placement)
-        self.reference = reference
+        self.reference = resolve_reference(reference)
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
-        # Exact KL in the reward alone is never what was meant: its loss part goes with it.
-        self.placement = "both" if (estimator, placement) == ("exact", "reward") else placement
+        self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
+        self._warned_nonfinite = False
 
     @property
     def coef(self) -> float:
         """The coefficient now."""
         return self.controller.coef
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
 
     def measure(
         self,
@@ -140,60 +184,129 @@ class KLPenalty:
         if not 0 < temperature < float("inf"):
             raise ValueError(f"KLPenalty.measure: temperature must be a finite number above 0, got {temperature}")
         keep = input_ids.shape[1]
-        ref_logits = self.reference(input_ids, attention_mask, keep)
-        common = min(logits.shape[-1], ref_logits.shape[-1])
-        logits, ref_logits = self._cut(logits, common), self._cut(ref_logits, common)
+        ref_logits = self.reference.logits(input_ids, attention_mask, keep)
+        shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
-        scores = score_logits(logits.roll(1, 1) / temperature, ref_logits.roll(1, 1) / temperature, input_ids)
+        logits, ref_logits = (self._cut(t, shared).roll(1, 1) / temperature for t in (logits, ref_logits))
         mask = mask & (torch.arange(keep, device=mask.device) > 0)
-        kl = TokenKL(scores, mask, behaviour_logp, input_ids)
-        if bool((mask & ~self._exact_kl(kl).detach().isfinite()).any()):
-            one_sided = (logits == -torch.inf) != (ref_logits == -torch.inf)
-            ids = one_sided.flatten(0, -2).any(0).nonzero().flatten().tolist()
-            kl.culprits = f"; ids that only one of the models suppresses: {ids[:8]} ({len(ids)} in all)" if ids else ""
-        return kl
+        scores = score_logits(logits, ref_logits, input_ids)
+        infinite = mask & ~self._exact_of(scores).detach().isfinite()
+        one_sided = _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
+        return self.measure_scores(
+            scores, mask, token_ids=input_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
+        )
 
-    def token_kl(self, kl: TokenKL, gradient: str = "none") -> Float[Tensor, "B T"]:
-        """The chosen estimate per token; `gradient="unbiased"` makes it differentiable. 0 under the mask.
+    def measure_hidden(
+        self,
+        hidden: Float[Tensor, "*B D"],
+        head: LMHead,
+        token_ids: Int[Tensor, "*B"],
+        mask: Bool[Tensor, "*B"],
+        ref_hidden: Float[Tensor, "*B E"],
+        ref_head: LMHead,
+        *,
+        behaviour_logp: Float[Tensor, "*B"] | None = None,
+        temperature: float = 1.0,
+    ) -> TokenKL:
+        """Compare without logits. `hidden[...]` and `ref_hidden[...]` are what predicts `token_ids[...]`: no shift.
+
+        Only tokens where `mask` holds are scored; the others' scores are 0. Differentiable in hidden and head. Over a
+        sharded head all ranks call it together.
+        """
+        flat_hidden, flat_ref = hidden[mask], ref_hidden[mask.to(ref_hidden.device)].to(hidden.device)
+        flat = token_scores(flat_hidden, head, token_ids[mask], flat_ref, ref_head, temperature=temperature)
+        infinite = (~self._exact_of(flat).detach().isfinite()).nonzero().flatten()[:1]
+        one_sided: tuple[int, ...] = ()
+        if len(infinite) and head.shard is None:
+            with torch.no_grad():
+                one_sided = _one_sided(head.logits(flat_hidden[infinite]), ref_head.logits(flat_ref[infinite]))
+        scores = TokenScores(**{name: scatter_masked(t, mask) for name, t in flat.items()})
+        return self.measure_scores(
+            scores, mask, token_ids=token_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
+        )
+
+    def measure_scores(
+        self,
+        scores: TokenScores,
+        mask: Bool[Tensor, "*B"],
+        *,
+        token_ids: Int[Tensor, "*B"] | None = None,
+        behaviour_logp: Float[Tensor, "*B"] | None = None,
+        weight: Float[Tensor, "*B"] | None = None,
+        one_sided_ids: tuple[int, ...] = (),
+    ) -> TokenKL:
+        """From scores that are there already. `weight` is multiplied with what the token_rule says.
+
+        Raises ValueError for a rule whose weights have another shape, or are negative or not finite.
+        """
+        if self.token_rule is not None:
+            ruled = self.token_rule(token_ids, mask, scores).detach().to(scores.logp)
+            if ruled.shape != mask.shape or bool(((ruled < 0) | ~ruled.isfinite())[mask].any()):
+                raise ValueError(
+                    f"token_rule must give one finite weight >= 0 per token, {list(mask.shape)}; got "
+                    f"{list(ruled.shape)}, values {ruled.flatten()[:4].tolist()} ..."
+                )
+            weight = ruled if weight is None else weight * ruled
+        return TokenKL(scores, mask, behaviour_logp, token_ids, weight, one_sided_ids)
+
+    # ---- the penalty -----------------------------------------------------------------------------------------------
+
+    def token_kl(self, kl: TokenKL, gradient: str = "none") -> Float[Tensor, "*B"]:
+        """weight * the chosen estimate per token, 0 where nothing counts; `gradient="unbiased"`: differentiable.
 
         Raises ValueError, naming the place, where it is not finite (with `clip`: where it is NaN).
         """
         value = self._exact(kl) if self.estimator == "exact" else self._sampled(kl, gradient)
-        value = torch.where(kl.mask, value.detach() if gradient == "none" else value, 0.0)
-        bad = (~value.detach().isfinite()).nonzero().tolist()
-        if bad:
-            ids = "" if kl.token_ids is None else f" (token ids {[int(kl.token_ids[i, t]) for i, t in bad[:4]]})"
-            raise ValueError(
-                f"the {self.direction} KL ({self.estimator}) is not finite at {len(bad)} token(s), first at [sample, "
-                f"position] {bad[:4]}{ids}{kl.culprits}: one model gives no probability to what the other may say, or "
-                "its logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
-            )
-        return value
+        value = torch.where(kl.counted, value.detach() if gradient == "none" else value, 0.0)
+        nonfinite = (~value.detach().isfinite()).nonzero().tolist()
+        if nonfinite:
+            raise ValueError(self._nonfinite_message(kl, nonfinite))
+        return value if kl.weight is None else value * kl.weight
 
-    def _exact_kl(self, kl: TokenKL) -> Tensor:
-        value = kl.scores.reverse_kl if self.direction == "reverse" else kl.scores.forward_kl
-        assert value is not None
+    def _nonfinite_message(self, kl: TokenKL, places: list[list[int]]) -> str:
+        ids = "" if kl.token_ids is None else f" (token ids {[int(kl.token_ids[tuple(p)]) for p in places[:4]]})"
+        one_sided = kl.one_sided_ids
+        if one_sided:
+            ids += f"; ids that only one of the models suppresses: {list(one_sided[:8])} ({len(one_sided)} in all)"
+        return (
+            f"the {self.direction} KL ({self.estimator}) is not finite at {len(places)} token(s), first at [sample, "
+            f"position] {places[:4]}{ids}: one model gives no probability to what the other may say, or "
+            "its logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
+        )
+
+    def _exact_of(self, scores: TokenScores) -> Tensor:
+        value = scores.reverse_kl if self.direction == "reverse" else scores.forward_kl
+        if value is None:
+            raise ValueError(f"these scores have no {self.direction}_kl: score the tokens with a reference")
         return value
 
     def _exact(self, kl: TokenKL) -> Tensor:
-        value = self._exact_kl(kl)
-        if self.clip is not None:
-            kl.clipped = int((kl.mask & (value.detach() > self.clip)).sum())
-            value = value.clamp(max=self.clip)
-        return value
+        value = self._exact_of(kl.scores)
+        return value if self.clip is None else value.clamp(max=self.clip)
+
+    def _beyond_clip(self, kl: TokenKL) -> Tensor:
+        """Where the clip decides: the log-ratio (sampled) or the KL (exact) lies beyond it, on tokens that count."""
+        assert self.clip is not None
+        if self.estimator == "exact":
+            return kl.counted & (self._exact_of(kl.scores).detach() > self.clip)
+        assert kl.scores.ref_logp is not None
+        return kl.counted & ((kl.scores.logp - kl.scores.ref_logp).detach().abs() > self.clip)
+
+    def clipped(self, kl: TokenKL) -> int:
+        """How many tokens the clip changes."""
+        return 0 if self.clip is None else int(self._beyond_clip(kl).sum())
 
     def _sampled(self, kl: TokenKL, gradient: str) -> Tensor:
-        s, mask = kl.scores, kl.mask
-        assert s.ref_logp is not None
+        s, counted = kl.scores, kl.counted
+        if s.ref_logp is None:
+            raise ValueError("these scores have no ref_logp: score the tokens with a reference")
         # Masked tokens are replaced before anything is exponentiated: 0 * inf under the mask would be NaN.
-        logp, ref_logp = torch.where(mask, s.logp, 0.0), torch.where(mask, s.ref_logp, 0.0)
-        behaviour = None if kl.behaviour_logp is None else torch.where(mask, kl.behaviour_logp, 0.0)
+        logp, ref_logp = torch.where(counted, s.logp, 0.0), torch.where(counted, s.ref_logp, 0.0)
+        behaviour = None if kl.behaviour_logp is None else torch.where(counted, kl.behaviour_logp, 0.0)
         if self.clip is not None:
-            log_ratio = (logp - ref_logp).detach()
-            beyond = log_ratio.abs() > self.clip
-            kl.clipped = int(beyond.sum())
+            beyond = self._beyond_clip(kl)
             # Clipped before the estimator, as constants: no gradient, and nothing infinite left to multiply by 0.
-            clipped = log_ratio.clamp(-self.clip, self.clip)
+            clipped = (logp - ref_logp).detach().clamp(-self.clip, self.clip)
             logp, ref_logp = torch.where(beyond, clipped, logp), torch.where(beyond, 0.0, ref_logp)
             behaviour = None if behaviour is None else torch.where(beyond, clipped, behaviour)
         if gradient == "unbiased" and self.placement == "both":
@@ -222,19 +335,69 @@ class KLPenalty:
         """One score per completion and the KL, as one detached reward per token. See shape_rewards."""
         return shape_rewards(scores, self.reward_kl(kl), kl.mask, coef=self.coef)
 
-    def losses(self, kl: TokenKL) -> Float[Tensor, "B T"]:
+    def losses(self, kl: TokenKL) -> Float[Tensor, "*B"]:
         """coef * KL per token with that direction's true gradient; zeros if nothing belongs in the loss."""
         if self.placement == "reward":
             return torch.zeros_like(kl.scores.logp)
         return self.coef * self.token_kl(kl, gradient="unbiased")
 
-    def update(self, kl: TokenKL) -> float:
-        """Show the controller this batch: the exact KL summed over each sequence, mean over sequences with a token."""
-        exact = self._exact_kl(kl) if self.clip is None else self._exact_kl(kl).clamp(max=self.clip)
-        sequences = kl.mask.any(-1)
-        episodes = int(sequences.sum())
-        total = float(torch.where(kl.mask, exact.detach(), 0.0).sum())
-        return self.controller.update(total / max(episodes, 1), episodes)
+    def token_losses(
+        self,
+        scores: "TokenScores | ChunkScores",
+        *,
+        ref_logp: Float[Tensor, "*B"] | None = None,
+        behaviour_logp: Float[Tensor, "*B"] | None = None,
+        weight: Float[Tensor, "*B"] | None = None,
+    ) -> Float[Tensor, "*B"]:
+        """`losses` of tokens that all count, inside fused_token_loss: reads only the scores that this penalty needs.
+
+        Args:
+            ref_logp: the reference's log-probabilities where they are known from an earlier pass; then a sampled
+                estimator needs no reference in fused_token_loss.
+            weight: of each token's KL, as measure gave it (`kl.weight`): a token_rule needs whole sequences, so it is
+                asked there and not here.
+        """
+        if self.placement == "reward":
+            return torch.zeros_like(scores.logp)
+        if self.token_rule is not None and weight is None:
+            raise ValueError(
+                "token_losses: this penalty has a token_rule; pass weight=kl.weight[kl.mask] of measure(...)"
+            )
+        needed: dict[str, Any] = {"logp": scores.logp}
+        if self.estimator == "exact":
+            needed[f"{self.direction}_kl"] = getattr(scores, f"{self.direction}_kl")
+        else:
+            needed["ref_logp"] = scores.ref_logp if ref_logp is None else ref_logp
+        counted = torch.ones_like(scores.logp, dtype=torch.bool)
+        return self.losses(TokenKL(TokenScores(**needed), counted, behaviour_logp, weight=weight))
+
+    # ---- the coefficient -------------------------------------------------------------------------------------------
+
+    def sequence_kl(self, kl: TokenKL, reduce: Reduce = no_reduce) -> tuple[float, int]:
+        """(exact KL summed over a sequence's tokens, mean over sequences with a token, in nats; how many those are).
+
+        What a controller is shown, and what is logged as kl/sequence/.../mean. A sequence whose KL is not finite is
+        left out of both, with one warning. `reduce` sums over processes.
+        """
+        exact = self._exact(kl).detach()
+        exact = exact if exact.device.type == "mps" else exact.double()  # MPS has no fp64
+        sums = torch.where(kl.counted, exact, 0.0)
+        sums = (sums if kl.weight is None else sums * kl.weight).sum(-1)
+        counts = kl.counted.any(-1)
+        finite = counts & sums.isfinite()
+        total = torch.stack([torch.where(finite, sums, 0.0).sum(), finite.sum().to(sums), counts.sum().to(sums)])
+        nats, episodes, sequences = reduce(total).tolist()
+        if episodes < sequences and not self._warned_nonfinite:
+            self._warned_nonfinite = True
+            logger.warning(
+                "the %s KL of %d of %d sequences is not finite: they are left out of what the controller sees",
+                self.direction, sequences - episodes, sequences,
+            )  # fmt: skip
+        return nats / max(episodes, 1.0), int(episodes)
+
+    def update(self, kl: TokenKL, reduce: Reduce = no_reduce) -> float:
+        """Show the controller this batch, see sequence_kl; the new coefficient."""
+        return self.controller.update(*self.sequence_kl(kl, reduce))
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state."""
@@ -243,3 +406,8 @@ class KLPenalty:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.controller.load_state_dict(state)
+
+
+def _one_sided(logits: Float[Tensor, "N V"], ref_logits: Float[Tensor, "N V"]) -> tuple[int, ...]:
+    """Ids that only one of the models suppresses."""
+    return tuple(((logits == -torch.inf) != (ref_logits == -torch.inf)).any(0).nonzero().flatten().tolist())

@@ -1,21 +1,21 @@
-"""Prompts, completions and texts as token ids, and back."""
+"""Prompts, completions and texts as token ids, and back: one chat template, one padding, one end-of-sequence set.
+
+A prompt is a string or a conversation (a list of messages); trl's chat template functions render conversations, and
+special tokens are then the template's business, not the tokenizer's.
+"""
 
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 
-class Encoded(NamedTuple):
-    """Texts as token ids: of each, how many belong to the prompt, and its number among the texts that were given."""
-
-    ids: list[list[int]]
-    prompt_lengths: list[int]
-    sample_ids: list[int]
+# ---- special tokens, padding ----------------------------------------------------------------------------------------
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -25,55 +25,91 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({i for i in ids if i is not None})
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """What fills rows up. Any id would do: nothing is ever read off it."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def pad_id(tokenizer: Any) -> int:
+    """Pad id: the pad token's, else the end of sequence's, else 0. Its value is irrelevant: masks come from lengths."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
 
 
-def tokenize_prompts(tokenizer: Any, prompts: list, max_length: int | None, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Text or conversations -> left-padded ids and mask [B, P]. Too long a prompt keeps its end.
-
-    Raises ValueError for a prompt without a single token.
-    """
-    from trl import apply_chat_template, is_conversational
-
-    rows = []
-    for prompt in prompts:
-        if is_conversational({"prompt": prompt}):
-            # The template writes the special tokens itself; adding them again would double the BOS.
-            text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-        if not ids:
-            raise ValueError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
-        rows.append(ids[-max_length:] if max_length else ids)
-    width = max(map(len, rows))
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: str = "left"
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Rows of token ids -> (ids, mask) [B, T], T that of the longest; mask is True on real tokens."""
+    width = max(map(len, rows), default=0)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = True
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = True
     return ids, mask
 
 
-def completion_mask(completion_ids: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
-    """(mask [B, C], terminated [B]): real tokens run up to and including the first end; never judged by the pad id."""
-    is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
-    ended_before = is_end.long().cumsum(1) - is_end.long() > 0
-    return ~ended_before, is_end.any(1)
+# ---- prompts and completions ----------------------------------------------------------------------------------------
 
 
-def spoken(tokenizer: Any, prompts: list, batch: Any) -> list:
-    """The completions as reward functions see them: text, or one assistant message after a conversation."""
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
     from trl import is_conversational
 
-    kept = [row[real].tolist() for row, real in zip(batch.completion_ids, batch.mask, strict=True)]
+    return is_conversational({"prompt": prompt})
+
+
+def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+    """A string, or messages that an assistant would answer, as token ids."""
+    from trl import apply_chat_template
+
+    if not is_conversation(prompt):
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Any], max_length: int | None = None) -> list[list[int]]:
+    """Prompts as token ids; too long a prompt keeps its end. Raises ValueError for one without a single token."""
+    rows = []
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
+        rows.append(ids[-max_length:] if max_length else ids)
+    return rows
+
+
+def completion_mask(
+    completion_ids: Int[Tensor, "B C"], eos_ids: list[int]
+) -> tuple[Bool[Tensor, "B C"], Bool[Tensor, "B"]]:
+    """(mask, terminated): real tokens run up to and including the first end of sequence; never judged by the pad id."""
+    is_eos = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device, dtype=torch.long))
+    ended_before = is_eos.long().cumsum(1) - is_eos.long() > 0
+    return ~ended_before, is_eos.any(1)
+
+
+def decode_completions(
+    tokenizer: Any, prompts: Sequence[Any], completion_ids: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]
+) -> list:
+    """Completions as reward functions see them: text, or one assistant message after a conversation."""
+    kept = [row[real].tolist() for row, real in zip(completion_ids, mask, strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return [
-        [{"role": "assistant", "content": text}] if is_conversational({"prompt": prompt}) else text
+        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(prompts, texts, strict=True)
     ]
+
+
+# ---- whole texts ----------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """Texts as token ids: of each, how many belong to the prompt, and its number among the texts that were given."""
+
+    ids: list[list[int]]
+    prompt_lengths: list[int]
+    sample_ids: list[int]
+
+    def rows(self, index: slice) -> "Encoded":
+        """Some of the texts: a batch's, a process's."""
+        return Encoded(self.ids[index], self.prompt_lengths[index], self.sample_ids[index])
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int) -> Encoded:
@@ -85,37 +121,27 @@ def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int) -> En
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (the first token is not predicted), got {max_length}")
-    found = Encoded([], [], [])
+    encoded = Encoded([], [], [])
     cut = 0
     for number, text in enumerate(texts):
         ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number)
         kept = list(ids)[:max_length]
         if len(kept) > max(prompt, 1):
-            found.ids.append(kept)
-            found.prompt_lengths.append(prompt)
-            found.sample_ids.append(number)
+            encoded.ids.append(kept)
+            encoded.prompt_lengths.append(prompt)
+            encoded.sample_ids.append(number)
             cut += len(ids) > max_length
-    if not found.ids:
+    if not encoded.ids:
         raise ValueError(
             f"none of {len(texts)} text(s) has a token to score: they are empty, a single token, or have no completion "
             f"within max_length = {max_length}"
         )
-    dropped = len(texts) - len(found.ids)
+    dropped = len(texts) - len(encoded.ids)
     if dropped:
         logger.warning("%d of %d texts are left out: they have no token to score", dropped, len(texts))
     if cut:
         logger.warning("%d of %d texts are cut to their first %d tokens", cut, len(texts), max_length)
-    return found
-
-
-def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
-    """A string, or messages that an assistant would answer, as token ids."""
-    from trl import apply_chat_template, is_conversational
-
-    if not is_conversational({"prompt": prompt}):
-        return tokenizer(prompt, verbose=False)["input_ids"]
-    text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
+    return encoded
 
 
 def _encode(tokenizer: Any, text: Any, number: int) -> tuple[list[int], int]:

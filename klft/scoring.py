@@ -1,54 +1,240 @@
-"""Texts scored by two models: log-probabilities, entropies and both exact KLs of every token, without logits.
+"""Two models over a batch -> TokenScores, exact and without logits: the one scorer of PPO, diagnostics and callbacks.
+
+    scorer = Scorer(reference, temperature=0.7)
+    scores = scorer.score_batch(model, input_ids, attention_mask, mask)     # [B, T] each
 
     for batch in score_texts(model, reference, tokenizer, texts, batch_size=8, max_length=512):
         log.add(batch.scores, batch.token_ids, batch.mask, is_prompt=batch.is_prompt, sample_ids=batch.sample_ids)
 
-What the command line, recipes/measure_kl.py and TokenKLCallback have in common. Deliberately absent: files and models'
-names (klft.diagnostics.loading), statistics, and text that the models write themselves.
+Where a head cannot be read (an adapter or quantisation on it), that model is scored from its logits instead. Padded
+vocabularies are cut to the ids both models have, which is said once. Both models run in eval mode without gradients and
+get their modes back.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from klft.fused import token_scores
 from klft.heads import LMHead
-from klft.masked import spread
+from klft.masked import scatter_masked
 from klft.models import (
     VocabularyCut,
+    base_of,
     causal_inputs,
     check_positions,
     check_vocabularies,
     evaluating,
     hidden_states,
+    max_positions,
     require_causal_lm,
+    vocab_size,
 )
-from klft.prompts import Encoded, encode_texts
-from klft.references import AdapterReference, FrozenReference, as_reference
+from klft.prompts import Encoded, encode_texts, pad, pad_id
+from klft.references import Reference, resolve_reference
 from klft.scores import TokenScores, score_logits
+from klft.sharding import VocabShard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-LOGITS_ROWS = 256  # tokens whose logits are in fp32 at a time, where a head can only be scored from logits
+LOGITS_CHUNK = 256  # tokens whose logits are in fp32 at a time, where a model can only be scored from logits
+SHARDINGS = ("auto", "tp", "dp", "none")
+
+
+@dataclass
+class Predictions:
+    """What one model predicts for N tokens: hidden states and the head that reads them, or else logits."""
+
+    hidden: Float[Tensor, "N D"] | None = None
+    head: LMHead | None = None
+    logits: Float[Tensor, "N V"] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary rows, here and on other processes."""
+        if self.head is not None:
+            return self.head.rows
+        assert self.logits is not None
+        return self.logits.shape[-1]
+
+    def on(self, device: torch.device) -> "Predictions":
+        """The same on a device: a reference may live on another one."""
+        head = self.head
+        if head is not None:
+            bias = None if head.bias is None else head.bias.to(device)
+            head = replace(head, weight=head.weight.to(device), bias=bias)
+        hidden, logits = (None if t is None else t.to(device) for t in (self.hidden, self.logits))
+        return Predictions(hidden, head, logits)
+
+    def chunk(self, rows: slice) -> Float[Tensor, "n V"]:
+        """Logits of some of the tokens, in fp32 or fp64."""
+        if self.head is not None and self.hidden is not None:
+            return self.head.logits(self.hidden[rows])
+        assert self.logits is not None
+        return self.logits[rows].to(torch.promote_types(self.logits.dtype, torch.float32))
+
+
+class Scorer:
+    """Two models over batches, at one temperature and over the vocabulary they share.
+
+    Args:
+        reference: read through its protocol alone.
+        temperature: divides both models' logits.
+        top_k: likeliest tokens of both models to return.
+        shard_vocab: "auto": follow the policy head's placement; "tp": its tensor-parallel shards, an error if it has
+            none; "dp": shard the vocabulary over data-parallel ranks, all-gather hidden states; "none": replicated.
+    """
+
+    def __init__(self, reference: Reference, *, temperature: float = 1.0, top_k: int = 0, shard_vocab: str = "auto"):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        self.reference, self.temperature, self.top_k = reference, temperature, top_k
+        self.shard_vocab = shard_vocab
+        self._cut = VocabularyCut()
+        self._from_logits = {"policy": False, "reference": False}
+
+    def shared_vocab(self, model: nn.Module) -> int:
+        """How many ids both models have a row for."""
+        return min(vocab_size(model), self.reference.vocab_size)
+
+    # ---- the two sides -----------------------------------------------------------------------------------------------
+
+    def policy_head(self, model: nn.Module) -> LMHead:
+        """The policy's head for this step.
+
+        Raises TypeError where it cannot be read, ValueError where it does not lie as shard_vocab says.
+        """
+        by_rows = self.shard_vocab == "dp" and isinstance(base_of(model).get_output_embeddings().weight, DTensor)
+        head = LMHead.from_model(model, shard_rows=by_rows)
+        tensor_parallel = head.shard is not None and not head.shard.own_tokens
+        if (self.shard_vocab == "tp") != tensor_parallel and self.shard_vocab != "auto":
+            has = "is" if tensor_parallel else "is not"
+            raise ValueError(f"kl_shard_vocab={self.shard_vocab}: the policy's head {has} tensor parallel; use auto")
+        return head
+
+    def policy_side(self, model: nn.Module, inputs: dict[str, Any], predicts: Bool[Tensor, "B K"]) -> Predictions:
+        """One forward of the policy, at the positions among the last K where `predicts` holds."""
+        keep = predicts.shape[1]
+        if not self._from_logits["policy"]:
+            try:
+                with hidden_states(model) as kept:
+                    model(**inputs)
+                return Predictions(kept.hidden[:, -keep:][predicts], self.policy_head(model))
+            except TypeError as error:
+                self._fall_back("policy", error)
+        return Predictions(logits=model(**inputs).logits[:, -keep:][predicts])
+
+    def reference_side(
+        self, ids: Int[Tensor, "B T"], attention: Int[Tensor, "B T"], predicts: Bool[Tensor, "B K"]
+    ) -> Predictions:
+        """One forward of the reference, likewise; on the device of ids."""
+        keep = predicts.shape[1]
+        if not self._from_logits["reference"]:
+            try:
+                hidden, head = self.reference.hidden(ids, attention, keep)
+                return Predictions(hidden[predicts.to(hidden.device)], head).on(ids.device)
+            except TypeError as error:
+                self._fall_back("reference", error)
+        return Predictions(logits=self.reference.logits(ids, attention, keep)[predicts])
+
+    def _fall_back(self, role: str, error: TypeError) -> None:
+        logger.info("scoring the %s from logits: %s", role, error)
+        self._from_logits[role] = True
+
+    # ---- both together -----------------------------------------------------------------------------------------------
+
+    def fused_inputs(
+        self, policy: Predictions, reference: Predictions | None, token_ids: Int[Tensor, "N"]
+    ) -> dict[str, Any]:
+        """Arguments of token_scores and fused_token_loss. TypeError where the reference's head cannot be read."""
+        assert policy.head is not None
+        inputs = {"hidden": policy.hidden, "token_ids": token_ids, "temperature": self.temperature}
+        shared = min(policy.vocab_size, self.reference.vocab_size)
+        if reference is not None:
+            if reference.head is None:
+                raise TypeError("the reference's head cannot be read, and its exact KL without logits needs it")
+            self._report_cut(policy, reference, token_ids)
+            inputs |= {"ref_hidden": reference.hidden, "ref_head": reference.head.cut(shared)}
+        head = policy.head.cut(shared)
+        if self.shard_vocab == "dp" and head.shard is None:
+            head = head.narrow(VocabShard.even(shared, own_tokens=True))
+        return inputs | {"head": head}
+
+    @torch.no_grad()
+    def score(self, policy: Predictions, reference: Predictions, token_ids: Int[Tensor, "N"]) -> TokenScores:
+        """Scores [N] of the tokens that the two predict."""
+        if policy.head is not None and reference.head is not None:
+            inputs = self.fused_inputs(policy, reference, token_ids)
+            return token_scores(**inputs, top_k=min(self.top_k, inputs["head"].rows))
+        shared = min(policy.vocab_size, reference.vocab_size)
+        chunks = []
+        for start in range(0, max(1, len(token_ids)), LOGITS_CHUNK):
+            rows = slice(start, start + LOGITS_CHUNK)
+            z, y = (self._cut(side.chunk(rows), shared) / self.temperature for side in (policy, reference))
+            scores = score_logits(z, y, token_ids[rows])
+            if self.top_k:
+                k = min(self.top_k, shared)
+                scores.top_p, scores.top_ids = z.softmax(-1).topk(k)
+                scores.ref_top_p, scores.ref_top_ids = y.softmax(-1).topk(k)
+            chunks.append(dict(scores.items()))
+        return TokenScores(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+
+    @torch.no_grad()
+    def _report_cut(self, policy: Predictions, reference: Predictions, token_ids: Tensor) -> None:
+        if policy.vocab_size == reference.vocab_size or self._cut.warned:
+            return
+        shared = min(policy.vocab_size, reference.vocab_size)
+        wider = policy if policy.vocab_size > shared else reference
+        assert wider.head is not None
+        assert wider.hidden is not None
+        # Cutting divides every other probability by what the cut ids leave over.
+        of_all, of_shared = (
+            token_scores(wider.hidden, h, token_ids).logp for h in (wider.head, wider.head.cut(shared))
+        )
+        held = -torch.expm1(of_all - of_shared)
+        self._cut.warn(wider.vocab_size, shared, held.max().item() if held.numel() else 0.0)
+
+    def score_batch(
+        self,
+        model: nn.Module,
+        ids: Int[Tensor, "B T"],
+        attention: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> TokenScores:
+        """Scores [B, T] of the tokens where `mask` holds, 0 elsewhere, in eval mode. mask[:, 0] must be False."""
+        predicts = mask.roll(-1, 1)  # a token's prediction lies one position before it
+        with evaluating(model):
+            policy = self.policy_side(model, causal_inputs(model, ids, attention, ids.shape[1]), predicts)
+            reference = self.reference_side(ids, attention, predicts)
+        flat = self.score(policy, reference, ids[mask])
+        return TokenScores(**{name: scatter_masked(t, mask) for name, t in flat.items()})
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
 
 
 class ScoredTexts(NamedTuple):
-    """A batch of B texts, padded on the right to T tokens."""
+    """A batch of B texts, padded on the right to T tokens; on the CPU."""
 
-    scores: TokenScores  # [B, T] each, top lists [B, T, k]: under each token what was predicted there; 0 off the mask
-    token_ids: Tensor  # [B, T]
-    mask: Tensor  # [B, T]: True where a token was predicted, which the first one of a text is not
-    is_prompt: Tensor  # [B, T]
-    sample_ids: Tensor  # [B]: number of the text among those given
+    scores: TokenScores  # [B, T] each, top lists [B, T, K]: under each token what was predicted there; 0 off the mask
+    token_ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]  # True where a token was predicted, which the first one of a text is not
+    is_prompt: Bool[Tensor, "B T"]
+    sample_ids: Int[Tensor, "B"]  # number of the text among those given
 
 
 def score_texts(
     model: nn.Module,
-    reference: Any,
+    reference: "Reference | PreTrainedModel | None",
     tokenizer: Any,
     texts: "Sequence[Any] | Encoded",
     *,
@@ -59,12 +245,11 @@ def score_texts(
 ) -> Iterator[ScoredTexts]:
     """Score each token of the texts under the policy `model` and a reference: everything in TokenScores, in nats.
 
-    Both models run in eval mode without gradients and get their modes back; the logits never exist whole. Under tensor
-    parallelism or FSDP2 all processes score the same texts together.
+    Under tensor parallelism or FSDP2 all processes score the same texts together.
 
     Args:
-        reference: a FrozenReference, an AdapterReference, a second causal LM (it is frozen), or None where the policy
-            has an adapter: then the policy with its adapter off.
+        reference: as resolve_reference takes it: a reference, a second causal LM (it is frozen), or None where the
+            policy has an adapter: then the policy with its adapter off.
         texts: what `encode_texts` takes, token ids too; or what it gives, which is then scored as it is.
 
     Raises ValueError for vocabularies that cannot be compared, texts longer than a model has positions, and where no
@@ -75,98 +260,25 @@ def score_texts(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
     require_causal_lm(model, "model")
-    reference = as_reference(reference, model)
-    check_vocabularies(model, reference.model, tokenizer)
-    found = texts if isinstance(texts, Encoded) else encode_texts(tokenizer, texts, max_length=max_length)
-    check_positions(max(map(len, found.ids), default=0), model, reference.model)
-    return _batches(_Scorer(model, reference, temperature, top_k), found, batch_size)
+    reference = resolve_reference(reference, model)
+    check_vocabularies(tokenizer, policy=vocab_size(model), reference=reference.vocab_size)
+    encoded = texts if isinstance(texts, Encoded) else encode_texts(tokenizer, texts, max_length=max_length)
+    longest = max(map(len, encoded.ids), default=0)
+    check_positions(longest, model=max_positions(model), reference=reference.max_positions)
+    scorer = Scorer(reference, temperature=temperature, top_k=top_k)
+    return _score_batches(scorer, model, encoded, pad_with=pad_id(tokenizer), batch_size=batch_size)
 
 
-# --- texts -> ids ----------------------------------------------------------------------------------------------------
-
-
-# --- ids -> scores ---------------------------------------------------------------------------------------------------
-
-
-def _batches(scorer: "_Scorer", texts: Encoded, batch_size: int) -> Iterator[ScoredTexts]:
+def _score_batches(
+    scorer: Scorer, model: nn.Module, texts: Encoded, *, pad_with: int, batch_size: int
+) -> Iterator[ScoredTexts]:
+    device = next(model.parameters()).device
     for start in range(0, len(texts.ids), batch_size):
-        part = slice(start, start + batch_size)
-        rows, prompts, numbers = texts.ids[part], texts.prompt_lengths[part], texts.sample_ids[part]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        place = torch.arange(width)
-        real = place < torch.tensor([len(row) for row in rows])[:, None]
-        counts = real & (place > 0)
-        values = {name: spread(value.cpu(), counts) for name, value in scorer(ids, real, counts).items()}
-        is_prompt = real & (place < torch.tensor(prompts)[:, None])
-        yield ScoredTexts(TokenScores(**values), ids, counts, is_prompt, torch.tensor(numbers))
-
-
-class _Scorer:
-    """Both models over one batch: TokenScores' names -> [N] or [N, k], for the tokens that count."""
-
-    def __init__(self, model: nn.Module, reference: FrozenReference | AdapterReference, temperature: float, top_k: int):
-        self.model, self.reference, self.temperature, self.top_k = model, reference, temperature, top_k
-        self.from_logits, self.told, self.cut = False, False, VocabularyCut()
-
-    def __call__(self, ids: Tensor, real: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        ids, real, counts = ids.to(device), real.long().to(device), counts.to(device)
-        inputs = causal_inputs(self.model, ids, real, ids.shape[1])
-        predicts, tokens = counts.roll(-1, 1), ids[counts]  # a token's prediction lies one position before it
-        if not self.from_logits:
-            try:
-                with evaluating(self.model), hidden_states(self.model) as kept:
-                    self.model(**inputs)
-                    head = LMHead.from_model(self.model)
-                ref_hidden, ref_head = self.reference.hidden(ids, real, ids.shape[1])
-            except TypeError as error:
-                logger.info("scoring from logits: %s", error)
-                self.from_logits = True
-            else:
-                ref_hidden = ref_hidden[predicts.to(ref_hidden.device)].to(device)
-                return self._from_heads(kept.hidden[predicts], head, tokens, ref_hidden, ref_head)
-        with evaluating(self.model):
-            logits = self.model(**inputs).logits[predicts]
-            ref_logits = self.reference(ids, real, ids.shape[1])[predicts]
-            return self._from_logits(logits, tokens, ref_logits)
-
-    @torch.no_grad()
-    def _from_heads(
-        self, hidden: Tensor, head: LMHead, tokens: Tensor, ref_hidden: Tensor, ref_head: LMHead
-    ) -> dict[str, Tensor]:
-        bias = None if ref_head.bias is None else ref_head.bias.to(hidden.device)
-        ref_head = replace(ref_head, weight=ref_head.weight.to(hidden.device), bias=bias)
-        common = min(head.rows, ref_head.rows)
-        if not self.told and head.rows != ref_head.rows:
-            self.told = True
-            wide, side = (head, hidden) if head.rows > common else (ref_head, ref_hidden)
-            # Cutting divides every other probability by what the cut ids leave over.
-            of_all, of_common = (token_scores(side, each, tokens).logp for each in (wide, wide.cut(common)))
-            held = -torch.expm1(of_all - of_common).min().item()
-            logger.warning(
-                "the models have %d and %d vocabulary rows: ids from %d on are padding and left out (at most %.1e of "
-                "the probability in the first batch)", head.rows, ref_head.rows, common, held,
-            )  # fmt: skip
-        found = token_scores(
-            hidden, head.cut(common), tokens, ref_hidden, ref_head.cut(common), temperature=self.temperature,
-            top_k=min(self.top_k, common),
-        )  # fmt: skip
-        return _named(found)
-
-    def _from_logits(self, logits: Tensor, tokens: Tensor, ref_logits: Tensor) -> dict[str, Tensor]:
-        common = min(logits.shape[-1], ref_logits.shape[-1])
-        logits, ref_logits = self.cut(logits, common), self.cut(ref_logits, common)
-        parts = []
-        for a, b, ids in zip(*(t.split(LOGITS_ROWS) for t in (logits, ref_logits, tokens)), strict=True):
-            a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) / self.temperature for t in (a, b))
-            found = _named(score_logits(a, b, ids))
-            for side, z in (("", a), ("ref_", b)) if self.top_k else ():
-                found[f"{side}top_p"], found[f"{side}top_ids"] = z.softmax(-1).topk(min(self.top_k, common))
-            parts.append(found)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _named(scores: TokenScores) -> dict[str, Tensor]:
-    found = {f.name: getattr(scores, f.name) for f in fields(scores)}
-    return {name: value for name, value in found.items() if value is not None}
+        batch = texts.rows(slice(start, start + batch_size))
+        ids, attention = pad(batch.ids, pad_with, side="right")
+        position = torch.arange(ids.shape[1])
+        mask = attention & (position > 0)
+        scores = scorer.score_batch(model, ids.to(device), attention.long().to(device), mask.to(device))
+        scores = TokenScores(**{name: t.cpu() for name, t in scores.items()})
+        is_prompt = attention & (position < torch.tensor(batch.prompt_lengths)[:, None])
+        yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from klft.masked import Reduce, alone
+from klft.masked import Reduce, no_reduce
 
 
 def weigh_scores(scores: Float[Tensor, "B K"], weights: Float[Tensor, "K"]) -> Float[Tensor, "B"]:
@@ -54,7 +54,7 @@ class RunningMoments:
     def __init__(self):
         self.count, self.mean, self.sum_squares = 0, 0.0, 0.0
 
-    def learn(self, scores: Float[Tensor, "B"], reduce: Reduce = alone) -> None:
+    def learn(self, scores: Float[Tensor, "B"], reduce: Reduce = no_reduce) -> None:
         """Take `scores` of all processes in. Chan's update: exact however the batches are cut."""
         wide = scores.double()
         count, total = reduce(torch.stack([torch.ones_like(wide).sum(), wide.sum()])).tolist()

@@ -110,8 +110,8 @@ class ProgressLine(ProgressCallback):
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         """Write score, KL and coefficient of a rollout above the bar."""
-        if self.training_bar is not None and "kl/sequence/mean" in logs:
-            score, kl, coef = logs["reward/score/mean"], logs["kl/sequence/mean"], logs["kl/coef"]
+        if self.training_bar is not None and "kl/sequence/reverse/mean" in logs:
+            score, kl, coef = logs["reward/score/mean"], logs["kl/sequence/reverse/mean"], logs["kl/coef"]
             self.training_bar.write(
                 f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
             )
@@ -123,7 +123,7 @@ def kl_table(history: list[dict]) -> Table:
     for name in ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens"):
         table.add_column(name, justify="right")
 
-    logs = [log for log in history if "kl/sequence/mean" in log]
+    logs = [log for log in history if "kl/sequence/reverse/mean" in log]
     stride = len(logs) // TABLE_ROWS + 1
     for log in reversed(logs[::-1][::stride]):  # every stride-th log, counted from the last
         # The logs have nats per token; times tokens per completion they are nats per sequence.
@@ -171,7 +171,7 @@ def main(trainer: Any) -> None:
     console.print(kl_table(trainer.state.log_history))
     if evaluation_prompts and trainer.is_world_process_zero():
         console.print(samples_table(trainer, reference=name, prompts=list(evaluation_prompts["prompt"][:3])))
-        count, score, kl = len(evaluation_prompts), "eval_reward/score/mean", "eval_kl/sequence/mean"
+        count, score, kl = len(evaluation_prompts), "eval_reward/score/mean", "eval_kl/sequence/reverse/mean"
         console.print(
             f"On {count} held-out prompts the mean score went from {before[score]:.2f} to {after[score]:.2f},"
         )

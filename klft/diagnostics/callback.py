@@ -19,9 +19,10 @@ from transformers import Trainer, TrainerCallback
 
 from klft.diagnostics.records import TokenKLLog
 from klft.diagnostics.report import write_report
-from klft.models import check_positions, check_vocabularies, evaluating
-from klft.prompts import Encoded, encode_prompt, encode_texts
-from klft.references import AdapterReference, as_reference
+from klft.generation import sample_completions
+from klft.models import check_positions, check_vocabularies, max_positions, vocab_size
+from klft.prompts import Encoded, encode_prompts, encode_texts, eos_ids, pad, pad_id
+from klft.references import resolve_reference
 from klft.scoring import score_texts
 
 logger = logging.getLogger(__name__)
@@ -86,18 +87,16 @@ class TokenKLCallback(TrainerCallback):
         if processing_class is None:
             raise ValueError("TokenKLCallback needs the tokenizer: give the Trainer a processing_class")
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
-        self.reference = as_reference(self.reference, model)
-        self.reference.check_apart_from(model)
-        check_vocabularies(model, self.reference.model, self._tokenizer)
-        if not isinstance(self.reference, AdapterReference):
-            self.reference.model.to(next(model.parameters()).device)
+        self.reference = reference = resolve_reference(self.reference, model)
+        self._shared_vocab = min(vocab_size(model), reference.vocab_size)
+        check_vocabularies(self._tokenizer, policy=vocab_size(model), reference=reference.vocab_size)
+        reference.to(next(model.parameters()).device)
         lengths = self._prepare()
-        check_positions(max(lengths), model, self.reference.model)
+        check_positions(max(lengths), model=max_positions(model), reference=reference.max_positions)
         self._last = -1
         self.folder = Path(self.output_dir or args.output_dir)
         if state.is_world_process_zero:
-            names = {"model": model.config._name_or_path, "reference": self.reference.model.config._name_or_path}
-            names["reference"] += " without its adapter" if isinstance(self.reference, AdapterReference) else ""
+            names = {"model": model.config._name_or_path, "reference": reference.name}
             self._log = TokenKLLog(self.folder, self._tokenizer, temperature=self.options["temperature"], **names)
         if self.trainer is None and args.report_to:
             logger.warning("TokenKLCallback: %s will not see kl/...; pass trainer=trainer", ", ".join(args.report_to))
@@ -126,13 +125,13 @@ class TokenKLCallback(TrainerCallback):
         if given:
             found = encode_texts(self._tokenizer, list(given.values()), max_length=self.options["max_length"])
             self._fixed = found._replace(sample_ids=[list(given)[i] for i in found.sample_ids])
-        keep, self._prompts = self.options["max_length"] - self.max_new_tokens, {}
-        for i, probe in enumerate(self._probes):
-            if i not in given:
-                prompt = probe["prompt"] if isinstance(probe, dict) else probe
-                self._prompts[i] = encode_prompt(self._tokenizer, prompt)[-keep:]
-                if not self._prompts[i]:
-                    raise ValueError(f"TokenKLCallback: probe {i} has no tokens, so there is nothing to continue")
+        open_ended = {
+            i: p["prompt"] if isinstance(p, dict) else p for i, p in enumerate(self._probes) if i not in given
+        }
+        keep = self.options["max_length"] - self.max_new_tokens
+        self._prompts = dict(
+            zip(open_ended, encode_prompts(self._tokenizer, list(open_ended.values()), keep), strict=True)
+        )
         return [*map(len, self._fixed.ids), *(len(prompt) + self.max_new_tokens for prompt in self._prompts.values())]
 
     def _measure(self, args: Any, state: Any, control: Any, model: Any) -> None:
@@ -140,9 +139,7 @@ class TokenKLCallback(TrainerCallback):
         if state.global_step == self._last:
             return
         self._last = state.global_step
-        written = _continue(
-            model, self._tokenizer, list(self._prompts.values()), self.max_new_tokens, self.options["batch_size"]
-        )
+        written = self._continue(model)
         probes = Encoded(
             self._fixed.ids + written,
             self._fixed.prompt_lengths + [len(prompt) for prompt in self._prompts.values()],
@@ -160,9 +157,34 @@ class TokenKLCallback(TrainerCallback):
         if self._log is not None:
             self._log.close()
             found = {self.prefix + name: value for name, value in self._log.scalars().items()}
-            self._tell(found, state, control)
+            self._publish(found, state, control)
 
-    def _tell(self, found: dict[str, float], state: Any, control: Any) -> None:
+    def _continue(self, model: Any) -> list[list[int]]:
+        """Each prompt's ids and the policy's greedy continuation of it, up to and including the first end.
+
+        Greedy over the ids that both models have, whatever else the model's own generation_config asks for.
+        """
+        from transformers import GenerationConfig
+
+        ends = eos_ids(model, self._tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=ends or None,
+            pad_token_id=pad_id(self._tokenizer),
+        )  # fmt: skip
+        prompts, size, device = (
+            list(self._prompts.values()),
+            self.options["batch_size"],
+            next(model.parameters()).device,
+        )
+        written = []
+        for start in range(0, len(prompts), size):
+            rows = prompts[start : start + size]
+            ids, mask = pad(rows, pad_id(self._tokenizer))
+            said, _ = sample_completions(model, ids.to(device), mask.to(device), config, self._shared_vocab)
+            written += [row + c[m].tolist() for row, c, m in zip(rows, said.completion_ids, said.mask, strict=True)]
+        return written
+
+    def _publish(self, found: dict[str, float], state: Any, control: Any) -> None:
         if self.trainer is None:
             state.log_history.append(found | {"epoch": state.epoch, "step": state.global_step})
             self._pending = found
@@ -171,25 +193,3 @@ class TokenKLCallback(TrainerCallback):
             # Not trainer.log: TRL's would hand out its running averages here, and start them anew.
             Trainer.log(self.trainer, dict(found))
             control.should_log = should_log  # the Trainer's own log of this step is still to come
-
-
-def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], most: int, batch_size: int) -> list[list[int]]:
-    """Each prompt's ids and the policy's greedy continuation of it, up to and including the first end."""
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    device, written = next(model.parameters()).device, []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        with evaluating(model):
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=sorted(ends) or None,
-            )  # fmt: skip
-        for row, completion in zip(rows, made[:, width:].tolist(), strict=True):
-            end = next((i for i, token in enumerate(completion) if token in ends), most)
-            written.append(row + completion[: end + 1])
-    return written

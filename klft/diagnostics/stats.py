@@ -17,17 +17,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
+from klft import scores
 from klft.diagnostics.distributions import Distribution, Tally, bin_numbers, middle, moments, percentile_of
+from klft.scores import metrics_of
 from klft.writing import visible
 
 COLUMNS: dict[str, str] = {
     "reverse": "reverse_kl", "forward": "forward_kl", "entropy": "entropy", "ref_entropy": "ref_entropy",
     "logp": "logp", "ref_logp": "ref_logp",
 }  # fmt: skip
-QUANTITIES: tuple[str, ...] = (*COLUMNS, "k1", "k2", "k3", "sampling_gap")
-"""reverse, forward: the exact KL(p||q), KL(q||p). k1 = logp - ref_logp (the log-ratio), k2, k3: sampled estimates.
-sampling_gap = k1 - reverse: mean 0 where the tokens were sampled from the policy that is scored."""
+QUANTITIES: tuple[str, ...] = (*scores.QUANTITIES, "sampling_gap")
+"""Those of klft.scores, and sampling_gap = k1 - reverse: mean 0 where the tokens were sampled from the policy that is
+scored."""
 
 QUADRANTS: tuple[str, ...] = ("neither", "both", "mode-dropping", "mode-inventing")
 QUIET_NATS = 0.1  # where both KLs are below this the models hardly differ: total variation <= sqrt(0.1 / 2) = 0.22
@@ -338,14 +341,13 @@ class _Tokens:
         if name in COLUMNS:
             return self.floats(COLUMNS[name])
         (logp, valid), (ref_logp, also) = self.floats("logp"), self.floats("ref_logp")
-        with np.errstate(invalid="ignore", over="ignore"):
-            values, valid = logp - ref_logp, valid & also
-            if name == "sampling_gap":
-                exact, also = self.floats("reverse_kl")
+        valid = valid & also
+        estimator = scores.SAMPLED["k1" if name == "sampling_gap" else name]
+        values = scores.saturate(estimator(torch.from_numpy(logp), torch.from_numpy(ref_logp))).numpy()
+        if name == "sampling_gap":
+            exact, also = self.floats("reverse_kl")
+            with np.errstate(invalid="ignore"):
                 values, valid = values - exact, valid & also
-            elif name != "k1":
-                values = values * values / 2 if name == "k2" else np.expm1(-values) + values
-        values[np.abs(values) > np.finfo(np.float32).max] = np.inf
         return values, valid
 
     def worst(self, score: np.ndarray, worst: int, context: int) -> list[dict[str, Any]]:
@@ -381,24 +383,8 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(stats: Statistics) -> dict[str, float]:
-    """What a tracker gets, under the trainer's names; the last word says how to combine two of them."""
-    found: dict[str, float] = {}
-    quantities = stats.quantities
-    for name in [name for name in ("reverse", "forward") if name in quantities]:
-        of = quantities[name]
-        found |= {f"kl/{name}/mean": of.mean, f"kl/{name}/max": of.high}
-        found |= {f"kl/{name}/p{p}": of.percentile(p) for p in (50, 90, 99)}
-    if "reverse" in quantities and quantities["reverse"].sequence_mean is not None:
-        found["kl/sequence/mean"] = quantities["reverse"].sequence_mean
-    for name in ("k1", "k2", "k3", "entropy", "ref_entropy"):
-        if name in quantities:
-            key = {"entropy": "entropy/policy", "ref_entropy": "entropy/reference"}.get(name, f"kl/{name}")
-            found[f"{key}/mean"] = quantities[name].mean
-    if stats.top1_agree is not None:
-        found["kl/top1_agree/frac"] = stats.top1_agree
-    if stats.tokens:
-        found |= {"kl/nonfinite/count": float(stats.nonfinite), "kl/tokens/count": float(stats.tokens)}
-    return found
+    """What a tracker gets: the keys and meanings of klft.scores.kl_metrics. Percentiles are within 1 %."""
+    return metrics_of(stats.quantities, tokens=stats.tokens, nonfinite=stats.nonfinite, top1_agree=stats.top1_agree)
 
 
 def summary_lines(stats: Statistics) -> list[tuple[str, str]]:

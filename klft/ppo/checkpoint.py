@@ -30,7 +30,7 @@ VALUE_FILE = "value_function.safetensors"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def seal(folder: Path, final: Path) -> None:
+def commit(folder: Path, final: Path) -> None:
     """Flush everything under `folder`, write the marker, rename to `final`."""
     sizes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -88,7 +88,7 @@ def newest_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def way_back(output_dir: Path) -> str:
+def resume_hint(output_dir: Path) -> str:
     """Where a stopped run can be taken up again."""
     good = newest_complete(output_dir)
     return f"The last good checkpoint is {good}." if good else "There is no checkpoint to go back to."
@@ -113,7 +113,7 @@ def differences(saved: dict, current: dict) -> list[str]:
     return [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in current.items() if saved.get(k) != v]
 
 
-def choose(output_dir: Path, wanted: str | bool | None) -> Path | None:
+def resolve_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
     """The checkpoint to resume from: the folder named, or for True the complete one written last.
 
     Raises ValueError if the named one is damaged (the file is named), or for True if there is none.
@@ -175,7 +175,7 @@ def writing(trainer: Any, final: Path):
         if best is not None and (best == final or best.exists()):
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(unfinished / final.name / "trainer_state.json"))
-        seal(unfinished / final.name, final)
+        commit(unfinished / final.name, final)
         shutil.rmtree(unfinished)
         rotate_checkpoints(output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
     accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """The generation cycle: one rollout, and how far the PPO epochs over it have come."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,34 +8,37 @@ from torch import Tensor
 
 from klft.masked import Reduce
 from klft.ppo.config import PPOConfig
-from klft.ppo.rollout import Rollout
+from klft.ppo.rollout import Rollout, RolloutStats
 
 
 class Cycle:
-    """Hands out a rollout's micro-batches, reshuffled in each PPO epoch. All state is the rollout and plain numbers.
-
-    `facts`: coefficient, advantage scale, what the controller will be shown, tokens per minibatch, stopped early.
-    """
+    """Hands out a rollout's micro-batches, reshuffled in each PPO epoch. All state is the rollout and plain numbers."""
 
     def __init__(self, args: PPOConfig, data_rank: int, episodes: int):
         self.args, self.data_rank, self.episodes = args, data_rank, episodes
         self.rollout: Rollout | None = None
+        self.stats: RolloutStats | None = None
         self.position = 0
-        self.facts: dict[str, Any] = {"stopped": False}
 
-    def start(self, rollout: Rollout, facts: dict[str, Any], reduce: Reduce) -> None:
+    def start(self, rollout: Rollout, stats: RolloutStats, reduce: Reduce) -> None:
         """Begin with a fresh rollout. Counts each minibatch's tokens over all processes: what losses are divided by."""
         self.rollout, self.position = rollout, 0
         lengths = rollout.mask.sum(-1).float()
         per_epoch = [lengths[self._order(epoch)] for epoch in range(self.args.num_ppo_epochs)]
         counts = torch.stack(per_epoch).view(self.args.steps_per_rollout, -1).sum(-1)
-        self.facts = facts | {"tokens": reduce(counts).tolist(), "stopped": False}
+        self.stats = replace(stats, minibatch_tokens=tuple(reduce(counts).tolist()))
+
+    @property
+    def running(self) -> RolloutStats:
+        """The stats of the rollout that is used."""
+        assert self.stats is not None, "no rollout was made yet"
+        return self.stats
 
     def next_micro_batch(self) -> tuple[Rollout, float]:
         """(micro-batch, tokens of the minibatch it belongs to, over all processes)."""
         assert self.rollout is not None
         args = self.args
-        tokens = self.facts["tokens"][self.position // args.gradient_accumulation_steps]
+        tokens = self.running.minibatch_tokens[self.position // args.gradient_accumulation_steps]
         epoch, within = divmod(self.position, args.gradient_accumulation_steps * args.num_mini_batches)
         size = args.per_device_train_batch_size
         self.position += 1
@@ -54,8 +58,10 @@ class Cycle:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the rollout's tensors."""
-        return {"position": self.position, "facts": self.facts, "episodes": self.episodes}
+        stats = None if self.stats is None else self.stats.state_dict()
+        return {"position": self.position, "stats": stats, "episodes": self.episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue; the rollout's tensors are put back by the caller if `position` is not 0."""
-        self.position, self.facts, self.episodes = state["position"], state["facts"], state["episodes"]
+        self.position, self.episodes = state["position"], state["episodes"]
+        self.stats = None if state["stats"] is None else RolloutStats.from_state(state["stats"])

@@ -43,8 +43,8 @@ def check_finite(logp: Tensor, mask: Tensor, rank: int) -> None:
 class StopOnNonFiniteGradient(TrainerCallback):
     """Raises after clipping and before the optimizer step; gradients are the same on every rank, so all stop alike."""
 
-    def __init__(self, trainer: Any, way_back: Callable[[], str]):
-        self.trainer, self.way_back = trainer, way_back
+    def __init__(self, trainer: Any, resume_hint: Callable[[], str]):
+        self.trainer, self.resume_hint = trainer, resume_hint
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.accelerator.scaler is not None:
@@ -53,4 +53,4 @@ class StopOnNonFiniteGradient(TrainerCallback):
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not bool(norm.isfinite()):
-            raise RuntimeError(f"the gradient is not finite at step {state.global_step}. {self.way_back()}")
+            raise RuntimeError(f"the gradient is not finite at step {state.global_step}. {self.resume_hint()}")

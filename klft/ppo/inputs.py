@@ -1,18 +1,20 @@
 """What PPOTrainer is handed, made into what it trains with: model, tokenizer, reference, datasets, prompts' order."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from klft.models import check_vocabularies, require_causal_lm
+from klft.models import check_vocabularies, require_causal_lm, vocab_size
 from klft.ppo import value as value_function
-from klft.references import AdapterReference, FrozenReference
+from klft.ppo.config import PPOConfig
+from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference
 
 logger = logging.get_logger(__name__)
 
@@ -35,30 +37,26 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
     return tokenizer
 
 
-def equip(
+def build_policy_and_reference(
     model: Any, reference: Any, value_model: Any, peft_config: Any, tokenizer: Any
-) -> tuple[nn.Module, FrozenReference | AdapterReference]:
+) -> tuple[nn.Module, Reference]:
     """(policy with its value function and adapter, checked reference).
 
     The reference given (a model is frozen); by default the policy with its adapter off, or a frozen copy of it as it is
     now. Refuses one that would move with the policy, or speaks about another vocabulary.
     """
-    if reference is None and peft_config is None and not hasattr(model, "peft_config"):
+    peft = peft_config is not None or hasattr(model, "peft_config")
+    if reference is None and not peft:
         reference = FrozenReference(copy.deepcopy(model))
-    elif isinstance(reference, PreTrainedModel):
-        reference = FrozenReference(reference)
-    elif reference is None and peft_config is None:
-        reference = AdapterReference(model)
-    if reference is not None and not hasattr(reference, "check_apart_from"):
-        raise TypeError(f"reference must be a model or a klft reference, got {type(reference).__name__}")
-    if reference is not None:  # before the value function is attached: it is trained, and no part of the reference
-        reference.check_apart_from(model)
-        check_vocabularies(model, reference.model, tokenizer)
-    model = attach(model, value_model, peft_config)
-    return model, reference or AdapterReference(model)  # pyright: ignore
+    # Before the value function is attached: it is trained, and no part of the reference.
+    resolved = None if reference is None and peft_config is not None else resolve_reference(reference, model)
+    if resolved is not None:
+        check_vocabularies(tokenizer, policy=vocab_size(model), reference=resolved.vocab_size)
+    policy: Any = attach_value_and_adapter(model, value_model, peft_config)
+    return policy, resolved or AdapterReference(policy)
 
 
-def attach(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
+def attach_value_and_adapter(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
     """Give the policy its value function and, with `peft_config`, its adapter."""
     if value_model is None:
         value_function.attach_value_head(model)
@@ -76,7 +74,7 @@ def attach(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
     return model
 
 
-def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
+def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     """Check for a `prompt` column and enough rows; drop empty prompts and say how many.
 
     Raises TypeError for a streaming dataset, ValueError for a missing column or too few rows.
@@ -103,14 +101,14 @@ def prompts_of(dataset: Any, name: str, at_least: int) -> Dataset:
     return dataset
 
 
-def prompts_of_both(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
+def check_datasets(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
     """Both datasets checked; the evaluation's may be a dictionary of several."""
     if train is not None:
-        train = prompts_of(train, "train_dataset", per_rollout)
+        train = check_dataset(train, "train_dataset", per_rollout)
     if isinstance(evaluation, dict):
-        evaluation = {name: prompts_of(d, f"eval_dataset[{name!r}]", 1) for name, d in evaluation.items()}
+        evaluation = {name: check_dataset(d, f"eval_dataset[{name!r}]", 1) for name, d in evaluation.items()}
     elif evaluation is not None:
-        evaluation = prompts_of(evaluation, "eval_dataset", 1)
+        evaluation = check_dataset(evaluation, "eval_dataset", 1)
     return train, evaluation
 
 
@@ -139,3 +137,15 @@ class RolloutSampler(Sampler):
         for start in range(0, self.size - self.per_rollout + 1, self.per_rollout):
             for _ in range(self.repeats):
                 yield from order[start : start + self.per_rollout]
+
+
+def rollout_dataloader(dataset: Any, args: PPOConfig, collate: Callable) -> DataLoader:
+    """Prompts, as many per batch as a process needs for one rollout, repeated for every micro-batch made of it."""
+    sampler = RolloutSampler(
+        size=len(dataset),
+        per_rollout=args.episodes_per_rollout,
+        repeats=args.micro_batches_per_rollout,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    return DataLoader(dataset, batch_size=args.rollout_batch_size, sampler=sampler, collate_fn=collate, drop_last=True)

@@ -11,52 +11,62 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from klft.estimators import k1, k2, k3
 from klft.masked import masked_var
-from klft.scores import TokenScores
+from klft.penalty import TokenKL
+from klft.scores import TokenScores, flat_metrics
 
-TOKEN_COLUMNS: tuple[str, ...] = (
-    "logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "top1_agree", "value", "return", "reward",
+SCORES: tuple[str, ...] = (
+    "logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "top1_agree",
 )  # fmt: skip
+TOKEN_COLUMNS: tuple[str, ...] = (*SCORES, "weight", "value", "return", "reward")
 
 
 @dataclass
 class Table:
-    """float64: `tokens` [N, len(TOKEN_COLUMNS)]; `sequences` [B, 4 + K]: score, terminated, length, KL, K scores."""
+    """fp64: `tokens` [N, len(TOKEN_COLUMNS)]; `sequences` [B, 3 + K]: score, terminated, length, K reward functions'
+    scores; `sequence` [N]: which of the sequences a token belongs to."""
 
     tokens: Tensor
     sequences: Tensor
+    sequence: Tensor
 
     @staticmethod
     def join(tables: "list[Table]") -> "Table":
-        return Table(torch.cat([t.tokens for t in tables]), torch.cat([t.sequences for t in tables]))
+        """Of several rollouts."""
+        counts = torch.tensor([0, *(len(t.sequences) for t in tables)]).cumsum(0).tolist()
+        return Table(
+            torch.cat([t.tokens for t in tables]),
+            torch.cat([t.sequences for t in tables]),
+            torch.cat([t.sequence + first for t, first in zip(tables, counts, strict=False)]),
+        )
 
 
 def gather_table(
     accelerator: Accelerator,
-    scores: TokenScores,
-    mask: Tensor,
+    kl: TokenKL,
     per_token: dict[str, Tensor],
-    sequence_kl: Tensor,
     totals: Tensor,
     terminated: Tensor,
     by_function: Tensor,
     keep: slice = slice(None),
 ) -> Table:
     """Bring every process's rows together: two collectives, whatever the completions' lengths."""
-    columns = [getattr(scores, name) for name in TOKEN_COLUMNS[:7]] + [per_token[name] for name in TOKEN_COLUMNS[7:]]
-    tokens = torch.stack([c.float() for c in columns] + [mask.float()], -1)
+    columns = dict(kl.scores.items()) | per_token | {"weight": kl.weights}
+    tokens = torch.stack([columns[name].float() for name in TOKEN_COLUMNS] + [kl.mask.float()], -1)
     counted = torch.zeros_like(totals)
     counted[keep] = 1.0  # a dataloader repeats samples to fill its last batch: they are not counted twice
-    sequences = torch.stack([totals, terminated.float(), mask.sum(-1).float(), sequence_kl, counted], -1)
+    sequences = torch.stack([totals, terminated.float(), kl.mask.sum(-1).float(), counted], -1)
     sequences = torch.cat([sequences, by_function.to(sequences)], -1)
-    everything = accelerator.gather(accelerator.pad_across_processes(tokens, dim=1))
+    tokens = accelerator.gather(accelerator.pad_across_processes(tokens, dim=1))
     sequences = accelerator.gather(sequences)
-    assert isinstance(everything, Tensor)
+    assert isinstance(tokens, Tensor)
     assert isinstance(sequences, Tensor)
-    real = sequences[:, 4] > 0
-    tokens = everything[real][everything[real][..., -1] > 0][:, :-1]
-    return Table(tokens.double().cpu(), sequences[real][:, [0, 1, 2, 3, *range(5, sequences.shape[1])]].double().cpu())
+    real = sequences[:, 3] > 0
+    tokens, sequences = tokens[real], sequences[real]
+    mask = tokens[..., -1] > 0
+    sequence = mask.nonzero()[:, 0]
+    kept = [0, 1, 2, *range(4, sequences.shape[1])]
+    return Table(tokens[mask][:, :-1].double().cpu(), sequences[:, kept].double().cpu(), sequence.cpu())
 
 
 def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
@@ -64,26 +74,24 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     column = dict(zip(TOKEN_COLUMNS, table.tokens.unbind(-1), strict=True))
     if len(table.tokens):
-        metrics |= _kl_metrics(column)
-        metrics["entropy/policy/mean"] = column["entropy"].mean().item()
-        metrics["entropy/reference/mean"] = column["ref_entropy"].mean().item()
+        scores = {name: column[name] for name in SCORES} | {"top1_agree": column["top1_agree"] > 0}
+        counts = column["weight"] != 0
+        flat = TokenScores(**{name: t[counts] for name, t in scores.items()})
+        metrics |= flat_metrics(flat, table.sequence[counts], column["weight"][counts])
         metrics["reward/total/mean"] = column["reward"].sum().item() / len(table.sequences)
         everything = torch.ones_like(column["return"], dtype=torch.bool)
-        spread = masked_var(column["return"], everything)
-        if spread > 0:
+        variance = masked_var(column["return"], everything)
+        if variance > 0:
             unexplained = masked_var(column["return"] - column["value"], everything)
-            metrics["value/explained_variance"] = (1 - unexplained / spread).item()
+            metrics["value/explained_variance"] = (1 - unexplained / variance).item()
     if len(table.sequences):
-        score, terminated, length, sequence_kl = table.sequences[:, :4].unbind(-1)
-        finite = sequence_kl.isfinite()
-        if finite.any():
-            metrics["kl/sequence/mean"] = sequence_kl[finite].mean().item()
+        score, terminated, length = table.sequences[:, :3].unbind(-1)
         metrics["reward/score/mean"] = score.mean().item()
         metrics["reward/score/std"] = score.std(correction=0).item()
         metrics["completions/mean_length"] = length.mean().item()
         metrics["completions/terminated/frac"] = terminated.mean().item()
         for i, name in enumerate(names):
-            applies = table.sequences[:, 4 + i]
+            applies = table.sequences[:, 3 + i]
             applies = applies[~applies.isnan()]
             if len(applies):
                 metrics[f"reward/{name}/mean"] = applies.mean().item()
@@ -93,30 +101,6 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
 def means(logged: dict[str, list[float]]) -> dict[str, float]:
     """The mean of each list."""
     return {name: sum(values) / len(values) for name, values in logged.items() if values}
-
-
-def _kl_metrics(column: dict[str, Tensor]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    nonfinite = torch.zeros(len(column["logp"]), dtype=torch.bool)
-    for direction in ("reverse", "forward"):
-        kl = column[f"{direction}_kl"]
-        nonfinite |= ~kl.isfinite()
-        kl = kl[kl.isfinite()]
-        if len(kl):
-            metrics[f"kl/{direction}/mean"] = kl.mean().item()
-            metrics[f"kl/{direction}/max"] = kl.max().item()
-            # torch.quantile refuses more than 2^24 elements
-            ordered = kl.sort().values
-            for percent in (50, 90, 99):
-                metrics[f"kl/{direction}/p{percent}"] = ordered[round((len(kl) - 1) * percent / 100)].item()
-    for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
-        estimate = estimator(column["logp"], column["ref_logp"])
-        nonfinite |= ~estimate.isfinite()
-        if estimate.isfinite().any():
-            metrics[f"kl/{name}/mean"] = estimate[estimate.isfinite()].mean().item()
-    metrics["kl/top1_agree/frac"] = column["top1_agree"].mean().item()
-    metrics["kl/nonfinite/count"] = float(nonfinite.sum())
-    return metrics
 
 
 LOSS_SUMS: tuple[str, ...] = (

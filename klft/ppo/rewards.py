@@ -15,10 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from klft.generation import Completions
 from klft.models import evaluating
+from klft.ppo.guards import on_all_ranks
 
 
 class RewardModel:
@@ -63,6 +67,10 @@ class RewardModel:
                 f"{', '.join(names)}; got {label!r}"
             )
         return index
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the model to a device."""
+        self.model.to(device)
 
     def __call__(self, prompts: list, completions: list, **_: Any) -> list[float]:
         texts = [_whole_text(p, c, self.tokenizer) for p, c in zip(prompts, completions, strict=True)]
@@ -124,6 +132,44 @@ def reward_weights(weights: list[float] | None, functions: int) -> Tensor:
 def reward_name(f: Any) -> str:
     """The name a reward function is logged under."""
     return getattr(f, "__name__", type(f).__name__)
+
+
+def score_completions_by(
+    functions: Sequence[Callable],
+    accelerator: Accelerator,
+    rows: list[dict],
+    completions: Completions,
+    texts: list,
+    *,
+    trainer_state: Any,
+) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
+    """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
+
+    The metrics are those of all processes. An error on one rank ends all ranks with it.
+    """
+    dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    ids = [row[m].tolist() for row, m in zip(completions.completion_ids, completions.mask, strict=True)]
+    columns: dict[str, list] = {}
+    local: dict[str, list[float]] = {}
+
+    def call() -> Tensor:
+        return call_reward_functions(
+            functions,
+            [row["prompt"] for row in rows],
+            texts,
+            ids,
+            dataset_columns,
+            trainer_state=trainer_state,
+            log_metric=lambda name, value: local.setdefault(name, []).append(float(value)),
+            log_extra=lambda name, values: columns.update({name: list(values)}),
+        )
+
+    scores = on_all_ranks(accelerator, call)
+    logged: dict[str, list[float]] = {}
+    for of_rank in gather_object([local]):
+        for name, values in of_rank.items():
+            logged.setdefault(name, []).extend(values)
+    return scores.to(accelerator.device), columns, logged
 
 
 def call_reward_functions(

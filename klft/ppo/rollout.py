@@ -1,31 +1,31 @@
-"""One rollout: prompts -> completions -> scores of every generated token, with masks that come from lengths alone."""
+"""One rollout: completions, what both models and the value function say of them, and the numbers its epochs need."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from klft.fused import token_scores
-from klft.generation import Batch
-from klft.heads import LMHead
-from klft.masked import spread
-from klft.models import base_of, causal_inputs, evaluating, hidden_states
+from klft.generation import Completions
+from klft.masked import scatter_masked
+from klft.models import causal_inputs, evaluating, hidden_states
 from klft.ppo.value import OUTPUT_KEY, with_values
 from klft.scores import TokenScores
-from klft.sharding import VocabShard
+from klft.scoring import Predictions, Scorer
 
 
 @dataclass
-class Rollout(Batch):
-    """A batch with all that the PPO epochs read: [B, C] each, detached, 0 where the mask is False."""
+class Rollout(Completions):
+    """Completions with all that the PPO epochs read: detached, 0 where the mask is False. The trainer fills them."""
 
-    old_logp: Tensor
-    ref_logp: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    old_logp: Float[Tensor, "B C"]  # of the policy when the epochs begin: what the PPO ratio is relative to
+    behaviour_logp: Float[Tensor, "B C"]  # of the distribution that was sampled: what KL estimates are weighted by
+    ref_logp: Float[Tensor, "B C"]
+    kl_weight: Float[Tensor, "B C"]  # how much each token's KL counts
+    values: Float[Tensor, "B C"]  # before the token
+    advantages: Float[Tensor, "B C"]
+    returns: Float[Tensor, "B C"]
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, as a checkpoint keeps them."""
@@ -33,63 +33,63 @@ class Rollout(Batch):
 
 
 @dataclass
-class Scorer:
-    """Both models' forwards over a batch, without logits: at one temperature and over the vocabulary they share.
+class RolloutStats:
+    """Numbers of one rollout, the same on all processes: what its epochs, the controller and a checkpoint need."""
 
-    split: one of config.VOCABULARY_SPLITS.
+    coef: float  # of the KL when the rewards were made
+    sequence_kl: float  # nats per sequence, over `episodes` completions: what the controller will be shown
+    episodes: int
+    advantage_scale: float = 1.0  # 1 / standard deviation of the advantages, by which whitening multiplied them
+    minibatch_tokens: tuple[float, ...] = ()  # of each minibatch of the epochs, over all processes
+    stopped: bool = False  # target_kl was passed: the rest of the epochs is skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "RolloutStats":
+        """From `state_dict()`."""
+        return replace(RolloutStats(**state), minibatch_tokens=tuple(state["minibatch_tokens"]))
+
+
+def forward_with_values(
+    model: nn.Module, unwrapped: nn.Module, completions: Completions
+) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"], Float[Tensor, "B"]]:
+    """The training forward: (hidden states that predict each completion token, values before it, value after the last).
+
+    `model` as the trainer wraps it, `unwrapped` the same without its wrappers.
     """
+    ids, attention = completions.inputs
+    keep = completions.completion_ids.shape[1] + 1
+    with with_values(unwrapped), hidden_states(model) as kept:
+        output = model(**causal_inputs(unwrapped, ids, attention, keep))
+    values = output[OUTPUT_KEY][:, -keep:]
+    return kept.hidden[:, -keep:-1], values[:, :-1], values[:, -1]
 
-    reference: Any
-    temperature: float
-    vocab_size: int
-    split: str = "none"
 
-    def forward(self, model: nn.Module, unwrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The training forward: (hidden [B, C, D], values [B, C], value after the last token [B])."""
-        ids, attention = batch.inputs
-        keep = batch.completion_ids.shape[1] + 1
-        with with_values(unwrapped), hidden_states(model) as kept:
-            output = model(**causal_inputs(unwrapped, ids, attention, keep))
-        values = output[OUTPUT_KEY][:, -keep:]
-        return kept.hidden[:, -keep:-1], values[:, :-1], values[:, -1]
+def reference_side(scorer: Scorer, completions: Completions) -> Predictions:
+    """What the reference predicts for the tokens of the completions."""
+    after_last = torch.zeros_like(completions.mask[:, :1])
+    return scorer.reference_side(*completions.inputs, torch.cat([completions.mask, after_last], 1))
 
-    def head(self, model: nn.Module) -> LMHead:
-        """The policy's head for this step. ValueError where it does not lie as `split` says."""
-        by_rows = self.split == "dp" and isinstance(base_of(model).get_output_embeddings().weight, DTensor)
-        head = LMHead.from_model(model, shard_rows=by_rows)
-        tensor_parallel = head.shard is not None and not head.shard.own_tokens
-        if (self.split == "tp") != tensor_parallel and self.split != "auto":
-            has = "is" if tensor_parallel else "is not"
-            raise ValueError(f"kl_shard_vocab={self.split}: the policy's head {has} tensor parallel; use auto")
-        head = head.cut(self.vocab_size)
-        if self.split == "dp" and head.shard is None:
-            head = head.narrow(VocabShard.even(self.vocab_size, own_tokens=True))
-        return head
 
-    def inputs(self, model: nn.Module, hidden: Tensor, batch: Batch, reference: bool = True) -> dict[str, Any]:
-        """The tokens that count, as arguments of token_scores and fused_token_loss."""
-        mask = batch.mask
-        found = {"hidden": hidden[mask], "head": self.head(model), "token_ids": batch.completion_ids[mask]}
-        if reference:
-            ids, attention = batch.inputs
-            ref_hidden, ref_head = self.reference.hidden(ids, attention, batch.completion_ids.shape[1] + 1)
-            found |= {"ref_hidden": ref_hidden[:, :-1][mask], "ref_head": ref_head.cut(self.vocab_size)}
-        return found | {"temperature": self.temperature}
+def score_completions(
+    scorer: Scorer, model: nn.Module, unwrapped: nn.Module, completions: Completions, batch_size: int
+) -> tuple[TokenScores, Float[Tensor, "B C"], Float[Tensor, "B"]]:
+    """(scores [B, C], 0 where the mask is False; values; value after the last token), `batch_size` sequences at a time.
 
-    def score(
-        self, model: nn.Module, unwrapped: nn.Module, batch: Batch, size: int, top_k: int = 0
-    ) -> tuple[TokenScores, Tensor, Tensor]:
-        """(scores [B, C], 0 where the mask is False, values, last values), `size` rows at a time."""
-        parts = []
-        with evaluating(unwrapped):
-            for start in range(0, len(batch.mask), size):
-                micro = batch.rows(slice(start, start + size))
-                hidden, values, last = self.forward(model, unwrapped, micro)
-                scores = token_scores(**self.inputs(model, hidden, micro), top_k=top_k)
-                parts.append((scores, values, last))
-        found = {}
-        for f in fields(TokenScores):
-            flat = [getattr(part[0], f.name) for part in parts]
-            if flat[0] is not None:
-                found[f.name] = spread(torch.cat(flat), batch.mask)
-        return TokenScores(**found), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+    In eval mode and without gradient, through the same forward as the loss.
+    """
+    scores, values, last_values = [], [], []
+    with evaluating(unwrapped):
+        for start in range(0, len(completions.mask), batch_size):
+            micro = completions.rows(slice(start, start + batch_size))
+            hidden, before, after = forward_with_values(model, unwrapped, micro)
+            policy = Predictions(hidden[micro.mask], scorer.policy_head(model))
+            scores.append(scorer.score(policy, reference_side(scorer, micro), micro.completion_ids[micro.mask]))
+            values.append(before)
+            last_values.append(after)
+    named = {name: torch.cat([getattr(s, name) for s in scores]) for name, _ in scores[0].items()}
+    scattered = {name: scatter_masked(flat, completions.mask) for name, flat in named.items()}
+    return TokenScores(**scattered), torch.cat(values), torch.cat(last_values)

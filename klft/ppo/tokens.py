@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from klft.diagnostics import TokenKLLog, write_report
-from klft.generation import Batch
+from klft.generation import Completions
 from klft.models import base_of
+from klft.penalty import TokenKL
 from klft.scores import TokenScores
 
 
@@ -19,27 +20,27 @@ class TokenTables:
 
     def __init__(self, trainer: Any, output_dir: Path):
         self.accelerator, self.args, self.output_dir = trainer.accelerator, trainer.args, output_dir
-        names = {"model": _name_of(trainer.model), "reference": _name_of(trainer.penalty.reference.model)}
+        names = {"model": _name_of(trainer.model), "reference": trainer.penalty.reference.name}
         self.log = TokenKLLog(output_dir, trainer.processing_class, temperature=self.args.temperature, **names)
 
     def due(self, step: int) -> bool:
         """Whether the rollout made at this optimizer step is to be kept."""
         return (step // self.args.steps_per_rollout) % self.args.kl_log_tokens == 0
 
-    def add(self, step: int, batch: Batch, scores: TokenScores, rewards: Tensor, advantages: Tensor) -> None:
+    def add(self, step: int, completions: Completions, kl: TokenKL, rewards: Tensor, advantages: Tensor) -> None:
         """Keep a rollout, [B, C] each. `step` is that of the first log its tokens are in."""
-        prompts = batch.prompt_mask
+        prompts = completions.prompt_mask
 
         def widened(t: Tensor) -> Tensor:
             # Prompt tokens were not scored; they are there to be read.
             blank = torch.nan if t.is_floating_point() else 0
             return torch.cat([t.new_full((*prompts.shape, *t.shape[2:]), blank), t], 1)
 
-        found = {name: widened(t) for name, t in vars(scores).items() if t is not None}
-        ids, attention = batch.inputs
+        scores = {name: widened(t) for name, t in kl.scores.items()}
+        ids, attention = completions.inputs
         self.log.add(
-            TokenScores(**found), ids, attention.bool(), step=step,
-            is_prompt=torch.cat([prompts, torch.zeros_like(batch.mask)], 1),
+            TokenScores(**scores), ids, attention.bool(), step=step,
+            is_prompt=torch.cat([prompts, torch.zeros_like(completions.mask)], 1),
             rewards=widened(rewards), advantages=widened(advantages),
         )  # fmt: skip
 

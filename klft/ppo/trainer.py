@@ -16,28 +16,26 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from klft.fused import fused_token_loss
-from klft.generation import generate
-from klft.masked import masked_sum, masked_var, masked_whiten, spread
-from klft.models import disable_dropout, vocab_size
-from klft.penalty import KLPenalty, TokenKL
+from klft.fused.functions import ChunkScores
+from klft.generation import Completions, sample_completions
+from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
+from klft.models import disable_dropout
+from klft.penalty import KLPenalty, TokenKL, effective_placement
 from klft.ppo import checkpoint as ckpt
+from klft.ppo import inputs as given
 from klft.ppo import value as value_function
 from klft.ppo.completions import completion_rows, show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
 from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
-from klft.ppo.inputs import RolloutSampler, equip, load_policy, load_tokenizer, prompts_of_both
 from klft.ppo.losses import gae, policy_losses, value_losses
-from klft.ppo.metrics import LOSS_SUMS, Table, gather_table, loss_metrics, means, rollout_metrics
-from klft.ppo.rewards import as_reward_functions, call_reward_functions, reward_name, reward_weights
-from klft.ppo.rollout import Batch, Rollout, Scorer
-from klft.prompts import eos_ids, pad_id_of, spoken, tokenize_prompts
-from klft.scores import TokenScores
-from klft.shaping import RunningMoments, finish_scores, shape_rewards, weigh_scores
-
-
-def _as_list(rows: list) -> Any:
-    return rows
+from klft.ppo.metrics import Table, gather_table, loss_metrics, means, rollout_metrics
+from klft.ppo.rewards import RewardModel, as_reward_functions, reward_name, reward_weights, score_completions_by
+from klft.ppo.rollout import Rollout, RolloutStats, forward_with_values, reference_side, score_completions
+from klft.ppo.state import Pending, PPOState
+from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id
+from klft.scoring import Predictions, Scorer
+from klft.shaping import finish_scores, weigh_scores
 
 
 class PPOTrainer(Trainer):
@@ -74,31 +72,29 @@ class PPOTrainer(Trainer):
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
-        model = load_policy(model)
-        tokenizer = load_tokenizer(processing_class, model)
+        model = given.load_policy(model)
+        tokenizer = given.load_tokenizer(processing_class, model)
         self.reward_funcs = as_reward_functions(reward_funcs)
         self._weights = reward_weights(args.reward_weights, len(self.reward_funcs))
-        train_dataset, eval_dataset = prompts_of_both(train_dataset, eval_dataset, args.episodes_per_rollout)
-        model, reference = equip(model, reference, value_model, peft_config, tokenizer)
+        train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args.episodes_per_rollout)
+        model, reference = given.build_policy_and_reference(model, reference, value_model, peft_config, tokenizer)
         if args.disable_dropout:
             disable_dropout(model)
         self.penalty = KLPenalty(
             reference,
             direction=args.kl_direction,
             estimator=args.kl_estimator,
-            # "exact" means its loss and its reward together; alone in the reward it would be wrong.
-            placement="both" if (args.kl_estimator, args.kl_placement) == ("exact", "reward") else args.kl_placement,
+            placement=effective_placement(args.kl_estimator, args.kl_placement),
             controller=args.controller(),
         )
-        shared = min(vocab_size(model), vocab_size(reference.model))
-        self.scorer = Scorer(reference, args.temperature, shared, args.kl_shard_vocab)
-        self.scorer.head(model)  # a head that cannot be split into tiles is refused before anything is trained
+        self.scorer = Scorer(reference, temperature=args.temperature, shard_vocab=args.kl_shard_vocab)
+        self.scorer.policy_head(model)  # a head that cannot be read is refused before anything is trained
         # The adapter's own file holds the value function only if PEFT was told so when the adapter was made.
-        self._value_apart = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
+        self._value_in_own_file = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_as_list,
+            data_collator=list,  # prompts are encoded during the rollout
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -106,28 +102,14 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.args: PPOConfig
-        self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.way_back(self._output_dir)))
+        self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.resume_hint(self._output_dir)))
         if hasattr(model, "warnings_issued"):
             model.warnings_issued["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
-        for carrier in (reference, *self.reward_funcs):
-            if isinstance(getattr(carrier, "model", None), nn.Module):
-                carrier.model.to(self.args.device)
-        self._start_counting()
-
-    def _start_counting(self) -> None:
-        self.episodes = 0
-        self._cycle = Cycle(self.args, self._data_rank, self.episodes)
-        self._moments = RunningMoments()
-        self._coef = self.penalty.coef  # of the last rollout
-        self._train_tables: list[Table] = []
-        self._eval_tables: list[Table] = []
-        self._window_sums = dict.fromkeys(LOSS_SUMS, 0.0)  # of this minibatch, on this process
-        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)  # since the last log, on all
-        self._early_stops = 0.0
-        self._extra: dict[str, list[float]] = {}  # what reward functions logged themselves, by name
-        self._eval_extra: dict[str, list[float]] = {}
-        self._completions: list[dict] = []
-        self._tokens: Any = None
+        reference.to(self.args.device)
+        for function in self.reward_funcs:
+            if isinstance(function, RewardModel):
+                function.to(self.args.device)
+        self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 
     # ---- the generation cycle --------------------------------------------------------------------------------
 
@@ -150,128 +132,146 @@ class PPOTrainer(Trainer):
         # Processes that share one sample (tensor parallel) must draw the same random numbers.
         return self.args.process_index // self.get_tp_size()
 
+    @property
+    def episodes(self) -> int:
+        """Completions trained on."""
+        return self.ppo.episodes
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch. Makes the next rollout first if the last one is used up."""
-        cycle = self._cycle
+        cycle = self.ppo.cycle
         if cycle.rollout is None:
             self._make_rollout(model, inputs)
         micro, tokens = cycle.next_micro_batch()
-        if cycle.facts["stopped"]:
+        if cycle.running.stopped:
             loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
         else:
             loss = super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
         if cycle.position % self.args.gradient_accumulation_steps == 0:
             self._end_of_minibatch()
         if cycle.used_up:
-            self.penalty.controller.update(*cycle.facts["observed"])
-            self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+            # Not before: a coefficient is constant over the epochs of a rollout.
+            self.penalty.controller.update(cycle.running.sequence_kl, cycle.running.episodes)
+            self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
         return loss
 
     # ---- rollout -----------------------------------------------------------------------------------------------
 
-    def _generate(self, rows: list[dict]) -> tuple[Batch, Tensor, list]:
-        """(tokens, terminated, completions as the reward functions see them)."""
-        tokenizer: Any = self.processing_class
-        ends, pad_id = eos_ids(self.model, tokenizer), pad_id_of(tokenizer)
-        prompts = [row["prompt"] for row in rows]
-        ids, mask = tokenize_prompts(tokenizer, prompts, self.args.max_prompt_length, pad_id)
-        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
-        config = self.args.generation_config(ends, pad_id)
-        device = self.args.device
-        batch, terminated = generate(
-            unwrapped, ids.to(device), mask.to(device), ends, pad_id, config, self.scorer.vocab_size
-        )
-        return batch, terminated, spoken(tokenizer, prompts, batch)
-
-    def _scores_by_function(self, rows: list[dict], batch: Batch, completions: list, learn: bool) -> Tensor:
-        """Raw scores [B, K] of the reward functions; an error on one rank ends all ranks with it."""
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        ids = [row[m].tolist() for row, m in zip(batch.completion_ids, batch.mask, strict=True)]
-        self._table_extra: dict[str, list] = {}
-        extra: dict[str, list[float]] = {}
-
-        def work() -> Tensor:
-            return call_reward_functions(
-                self.reward_funcs,
-                [row["prompt"] for row in rows],
-                completions,
-                ids,
-                columns,
-                trainer_state=self.state,
-                log_metric=lambda name, value: extra.setdefault(name, []).append(float(value)),
-                log_extra=lambda name, values: self._table_extra.update({name: list(values)}),
-            )
-
-        scores = on_all_ranks(self.accelerator, work)
-        store = self._extra if learn else self._eval_extra
-        for logged in gather_object([extra]):
-            for name, values in logged.items():
-                store.setdefault(name, []).extend(values)
-        return scores.to(self.args.device)
+    def _make_rollout(self, model: nn.Module, rows: list[dict]) -> None:
+        state = self.ppo
+        rollout, stats, table = self._rollout_of(model, rows, learn=True)
+        # 10. Whiten the advantages over all processes. That divides the reward's gradient by their deviation; a KL in
+        # the loss is divided alike, or `coef` would mean something else there than in the reward.
+        variance = masked_var(rollout.advantages, rollout.mask, self._reduce)
+        rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._reduce)
+        stats.advantage_scale = torch.rsqrt(variance + 1e-8).item()
+        state.cycle.start(rollout, stats, self._reduce)
+        state.coef = stats.coef
+        state.train.tables.append(table)
+        state.episodes += len(table.sequences)
 
     def _rollout_of(
         self, model: nn.Module, rows: list[dict], *, learn: bool, keep: slice = slice(None)
-    ) -> tuple[Rollout, Table, dict]:
-        """Generate, score, shape; what training and evaluation share. (rollout before whitening, table, facts)."""
-        args = self.args
-        batch, terminated, completions = on_all_ranks(self.accelerator, lambda: self._generate(rows))
+    ) -> tuple[Rollout, RolloutStats, Table]:
+        """What training and evaluation share. The numbers are the steps of the contract, docs/ppo.md."""
+        args, accelerator, penalty = self.args, self.accelerator, self.penalty
+        # 1. - 3. Encode and left-pad the prompts; generate; the completions' mask from their lengths.
+        completions, terminated, texts = on_all_ranks(accelerator, lambda: self._generate(rows))
+        mask = completions.mask
+        # 4. Both models' scores and the values, from the training forward, at the sampling temperature.
+        kl, values, last_values = self._score(model, completions, learn)
+        # 5. Reward functions; 6. weigh, normalise, clip, charge for a missing end.
+        by_function, columns, logged = score_completions_by(
+            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=self.state
+        )
+        (self.ppo.train if learn else self.ppo.evaluation).add_logged(logged)
+        totals = self._total_scores(by_function, terminated, learn)
+        # 7. The score on the last real token, minus coef * KL on every token.
+        rewards = on_all_ranks(accelerator, lambda: penalty.rewards(totals, kl))
+        # 8. Optional whitening, without shifting the mean.
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, self._reduce, shift_mean=False)
+        # 9. Advantages; after a completion that ran out of tokens the next state's value is 0, or bootstrapped.
+        values = torch.where(mask, values, 0.0)
+        final = terminated if args.bootstrap_truncated else torch.ones_like(terminated)
+        last_values = torch.where(final, 0.0, last_values)
+        advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last_values)
+        returns = advantages + values
+        if learn:
+            self._keep_for_readers(rows, completions, texts, kl, totals, rewards, advantages, columns)
+        per_token = {"value": values, "return": returns, "reward": rewards}
+        table = gather_table(accelerator, kl, per_token, totals, terminated, by_function, keep)
+        stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self._reduce))
+        logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
+        rollout = Rollout(
+            **vars(completions), old_logp=logp, behaviour_logp=logp.clone(), ref_logp=ref_logp, kl_weight=kl.weights,
+            values=values, advantages=advantages, returns=returns,
+        )  # fmt: skip
+        return rollout, stats, table
+
+    def _generate(self, rows: list[dict]) -> tuple[Completions, Tensor, list]:
+        """(completions, terminated, completions as the reward functions see them)."""
+        tokenizer: Any = self.processing_class
+        prompts, device = [row["prompt"] for row in rows], self.args.device
+        ids, mask = pad(encode_prompts(tokenizer, prompts, self.args.max_prompt_length), pad_id(tokenizer))
+        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
+        config = self.args.generation_config(eos_ids(self.model, tokenizer), pad_id(tokenizer))
+        vocab_size = self.scorer.shared_vocab(self._policy)
+        completions, terminated = sample_completions(unwrapped, ids.to(device), mask.to(device), config, vocab_size)
+        texts = decode_completions(tokenizer, prompts, completions.completion_ids, completions.mask)
+        return completions, terminated, texts
+
+    def _score(self, model: nn.Module, completions: Completions, learn: bool) -> tuple[TokenKL, Tensor, Tensor]:
+        """(scores of the completions' tokens [B, C] as the penalty measures them, values, values after the last)."""
+        args, tables = self.args, self._tables_due(learn)
         unwrapped = self.accelerator.unwrap_model(model)
-        tables = self._tokens if learn and self._tokens and self._tokens.due(self.state.global_step) else None
+        self.scorer.top_k = tables.top_k if tables else 0
         with self.accelerator.autocast():  # as the loss will score them again
-            size, top_k = args.per_device_train_batch_size, min(tables.top_k, self.scorer.vocab_size) if tables else 0
-            scores, values, last = self.scorer.score(model, unwrapped, batch, size, top_k)
-        mask = batch.mask
-        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, mask, args.process_index))
-        by_function = self._scores_by_function(rows, batch, completions, learn)
+            scores, values, last_values = score_completions(
+                self.scorer, model, unwrapped, completions, args.per_device_train_batch_size
+            )
+        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, completions.mask, args.process_index))
+        return (
+            self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids),
+            values,
+            last_values,
+        )
+
+    def _total_scores(self, by_function: Tensor, terminated: Tensor, learn: bool) -> Tensor:
+        """[B, K] -> [B]: weighted sum, normalised by all scores so far, clipped, less the penalty for no end."""
+        args, moments = self.args, self.ppo.moments
         totals = weigh_scores(by_function, self._weights.to(by_function))
         if args.normalize_scores:
             if learn:
-                self._moments.learn(totals, self._reduce)
-            totals = self._moments.normalise(totals)
-        totals = finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
-        kl = TokenKL(scores, mask)
-        penalty = on_all_ranks(self.accelerator, lambda: self.penalty.reward_kl(kl))
-        rewards = shape_rewards(totals, penalty, mask, coef=self.penalty.coef)
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, self._reduce, shift_mean=False)
-        values = torch.where(mask, values, 0.0)
-        last = torch.where(terminated, 0.0, last) if args.bootstrap_truncated else torch.zeros_like(last)
-        advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last)
-        if tables:
-            tables.add(self.state.global_step + 1, batch, scores, rewards, advantages)
-        exact = scores.reverse_kl if args.kl_direction == "reverse" else scores.forward_kl
-        assert exact is not None
-        sequence_kl = torch.where(mask, exact, 0.0).sum(-1)
-        table = gather_table(
-            self.accelerator, scores, mask,
-            {"value": values, "return": advantages + values, "reward": rewards},
-            sequence_kl, totals, terminated, by_function, keep,
-        )  # fmt: skip
-        finite = table.sequences[:, 3].isfinite()
-        facts = {
-            "coef": self.penalty.coef,
-            "observed": [table.sequences[finite, 3].mean().item() if finite.any() else 0.0, int(finite.sum())],
-        }
-        if args.log_completions and learn:
-            self._completions = gather_object(
-                completion_rows(rows, completions, totals, sequence_kl, self._table_extra)
-            )
-        old = torch.where(mask, scores.logp, 0.0), torch.where(mask, scores.ref_logp, 0.0)  # pyright: ignore
-        tensors = {f: getattr(batch, f) for f in ("prompt_ids", "prompt_mask", "completion_ids", "mask")}
-        return Rollout(**tensors, old_logp=old[0], ref_logp=old[1], values=values, advantages=advantages,
-                       returns=advantages + values), table, facts  # fmt: skip
+                moments.learn(totals, self._reduce)
+            totals = moments.normalise(totals)
+        return finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
 
-    def _make_rollout(self, model: nn.Module, rows: list[dict]) -> None:
-        rollout, table, facts = self._rollout_of(model, rows, learn=True)
-        variance = masked_var(rollout.advantages, rollout.mask, self._reduce)
-        rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._reduce)
-        # Whitening divides the reward's gradient by this; a KL in the loss must be divided alike, or `coef` would mean
-        # something else there than in the reward.
-        facts["scale"] = torch.rsqrt(variance + 1e-8).item()
-        self._cycle.start(rollout, facts, self._reduce)
-        self._coef = facts["coef"]
-        self._train_tables.append(table)
-        self.episodes += len(table.sequences)
+    def _tables_due(self, learn: bool) -> Any:
+        """Where this rollout's tokens are kept, or None."""
+        tables = self.ppo.tokens
+        return tables if learn and tables and tables.due(self.state.global_step) else None
+
+    def _keep_for_readers(
+        self,
+        rows: list[dict],
+        completions: Completions,
+        texts: list,
+        kl: TokenKL,
+        totals: Tensor,
+        rewards: Tensor,
+        advantages: Tensor,
+        columns: dict[str, list],
+    ) -> None:
+        """Token tables and the table of completions, where they are asked for."""
+        tables = self._tables_due(learn=True)
+        if tables:
+            tables.add(self.state.global_step + 1, completions, kl, rewards, advantages)
+        if self.args.log_completions:
+            exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
+            assert exact is not None
+            sequence_kl = torch.where(kl.mask, exact, 0.0).sum(-1)
+            self.ppo.completions = gather_object(completion_rows(rows, texts, totals, sequence_kl, columns))
 
     # ---- loss --------------------------------------------------------------------------------------------------
 
@@ -281,29 +281,40 @@ class PPOTrainer(Trainer):
         """Policy + value + KL loss of one micro-batch, divided by its whole minibatch's tokens on all processes."""
         micro: Rollout = inputs["rollout"]
         mask, args = micro.mask, self.args
-        hidden, values, _ = self.scorer.forward(model, self.accelerator.unwrap_model(model), micro)
+        hidden, values, _ = forward_with_values(model, self.accelerator.unwrap_model(model), micro)
+        policy = Predictions(hidden[mask], self.scorer.policy_head(model))
+        exact_loss = self.penalty.estimator == "exact" and self.penalty.placement != "reward"
+        reference = reference_side(self.scorer, micro) if exact_loss else None
         value, value_clipped = value_losses(values, micro.values, micro.returns, args.cliprange_value)
         seen: list[Tensor] = []
-        exact = self.penalty.placement != "reward" and self.penalty.estimator == "exact"
-        policy = fused_token_loss(
-            lambda scores, *rest: self._policy_loss(seen, scores, *rest),
-            **self.scorer.inputs(model, hidden, micro, reference=exact),
-            per_token=[t[mask] for t in (micro.old_logp, micro.ref_logp, micro.advantages)],
+        names = ("old_logp", "behaviour_logp", "ref_logp", "kl_weight", "advantages")
+        policy_loss = fused_token_loss(
+            lambda scores, *per_token: self._policy_loss(seen, scores, **dict(zip(names, per_token, strict=True))),
+            **self.scorer.fused_inputs(policy, reference, micro.completion_ids[mask]),
+            per_token=[getattr(micro, name)[mask] for name in names],
         )
         # Processes' gradients are averaged, so each contributes its sum times their number.
         processes = args.world_size // self.get_tp_size()
-        loss = (policy + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
-        of_tokens = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
+        loss = (policy_loss + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
+        per_token = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
         of_values = torch.stack([masked_sum(value.detach(), mask), masked_sum(value_clipped.float(), mask)])
-        names = ("policy_loss", "approx_kl", "ratio", "ratio_clipped", "value_loss", "value_clipped")
-        sums = dict(zip(names, torch.cat([of_tokens[:-1].sum(1), of_values]).tolist(), strict=True))
+        summed = ("policy_loss", "approx_kl", "ratio", "ratio_clipped", "value_loss", "value_clipped")
+        sums = dict(zip(summed, torch.cat([per_token[:-1].sum(1), of_values]).tolist(), strict=True))
         sums |= {"tokens": float(mask.sum()), "nonfinite": float(not bool(loss.isfinite()))}
-        for name in LOSS_SUMS:
-            self._window_sums[name] += sums[name]
-        return (loss, {"logp": spread(of_tokens[-1], mask)}) if return_outputs else loss
+        for name, value in sums.items():
+            self.ppo.minibatch_sums[name] += value
+        return (loss, {"logp": scatter_masked(per_token[-1], mask)}) if return_outputs else loss
 
     def _policy_loss(
-        self, seen: list[Tensor], scores: Any, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor
+        self,
+        seen: list[Tensor],
+        scores: ChunkScores,
+        *,
+        old_logp: Tensor,
+        behaviour_logp: Tensor,
+        ref_logp: Tensor,
+        kl_weight: Tensor,
+        advantages: Tensor,
     ) -> Tensor:
         """Sum over a chunk's tokens [n] of PPO's loss and of the KL's, where it belongs there."""
         log_ratio = scores.logp - old_logp
@@ -312,32 +323,30 @@ class PPOTrainer(Trainer):
             ratio = log_ratio.exp()
             seen.append(torch.stack([losses, ratio - 1 - log_ratio, ratio, clipped.float(), scores.logp]).detach())
         if self.penalty.placement != "reward":
-            kl = TokenScores(logp=scores.logp[None], ref_logp=ref_logp[None])
-            if self.penalty.estimator == "exact":
-                name = f"{self.penalty.direction}_kl"
-                setattr(kl, name, getattr(scores, name)[None])
-            counts = torch.ones_like(old_logp[None], dtype=torch.bool)
-            kl_losses = self.penalty.losses(TokenKL(kl, counts, behaviour_logp=old_logp[None]))
-            losses = losses + self._cycle.facts["scale"] * kl_losses[0]
+            kl_losses = self.penalty.token_losses(
+                scores, ref_logp=ref_logp, behaviour_logp=behaviour_logp, weight=kl_weight
+            )
+            losses = losses + self.ppo.cycle.running.advantage_scale * kl_losses
         return losses.sum()
 
     def _end_of_minibatch(self) -> None:
         """Put the processes' sums together; stop on a non-finite loss; decide, on all ranks alike, on target_kl."""
-        if self._cycle.facts["stopped"]:
+        state, stats = self.ppo, self.ppo.cycle.running
+        if stats.stopped:
             return
-        mine, self._window_sums = self._window_sums, dict.fromkeys(LOSS_SUMS, 0.0)
-        everyone = self.accelerator.gather(torch.tensor([list(mine.values())], device=self.args.device))
-        assert isinstance(everyone, Tensor)
-        broken = everyone[:, -1].nonzero().flatten().tolist()
+        local = state.take_minibatch_sums()
+        gathered = self.accelerator.gather(torch.tensor([list(local.values())], device=self.args.device))
+        assert isinstance(gathered, Tensor)
+        broken = gathered[:, list(local).index("nonfinite")].nonzero().flatten().tolist()
         if broken:
             where = f"on rank(s) {broken} at step {self.state.global_step}"
-            raise RuntimeError(f"the loss is not finite {where}. {ckpt.way_back(self._output_dir)}")
-        sums = dict(zip(LOSS_SUMS, everyone.double().sum(0).tolist(), strict=True))
+            raise RuntimeError(f"the loss is not finite {where}. {ckpt.resume_hint(self._output_dir)}")
+        sums = dict(zip(local, gathered.double().sum(0).tolist(), strict=True))
         for name, total in sums.items():
-            self._loss_sums[name] += total
+            state.loss_sums[name] += total
         if self.args.target_kl is not None and sums["tokens"]:
-            self._cycle.facts["stopped"] = sums["approx_kl"] / sums["tokens"] > self.args.target_kl
-            self._early_stops += float(self._cycle.facts["stopped"])
+            stats.stopped = sums["approx_kl"] / sums["tokens"] > self.args.target_kl
+            state.early_stops += stats.stopped
 
     # ---- evaluation, metrics ---------------------------------------------------------------------------------
 
@@ -354,10 +363,11 @@ class PPOTrainer(Trainer):
         keep = len(inputs)
         if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
             keep = min(max(gradient_state.remainder - self.args.process_index * len(inputs), 0), len(inputs))
-        torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(self._eval_tables)) + self._data_rank)
+        evaluated = self.ppo.evaluation.tables
+        torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(evaluated)) + self._data_rank)
         with torch.no_grad():
-            _, table, _ = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
-        self._eval_tables.append(table)
+            _, _, table = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
+        evaluated.append(table)
         return None, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -365,28 +375,30 @@ class PPOTrainer(Trainer):
         timing = next((key for key in logs if key.endswith("_runtime")), "")
         prefix = timing.removesuffix("_runtime")
         names = [reward_name(f) for f in self.reward_funcs]
+        evaluated = self.ppo.evaluation
         if "loss" in logs:
             logs.update(self._train_metrics(names))
-        elif prefix and prefix != "train" and self._eval_tables:
-            metrics = rollout_metrics(Table.join(self._eval_tables), names) | means(self._eval_extra)
+        elif prefix and prefix != "train" and evaluated.tables:
+            metrics = rollout_metrics(Table.join(evaluated.tables), names) | means(evaluated.logged)
             logs.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-            self._eval_tables, self._eval_extra = [], {}
+            self.ppo.evaluation = Pending()
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
-            rows, shown = self._completions, self.args.num_completions_to_print
-            show_completions(rows, self.state.global_step, self._output_dir, shown)
+            shown = self.args.num_completions_to_print
+            show_completions(self.ppo.completions, self.state.global_step, self._output_dir, shown)
 
     def _train_metrics(self, names: list[str]) -> dict[str, float]:
-        metrics = loss_metrics(self._loss_sums)
-        if self._train_tables:
-            metrics |= rollout_metrics(Table.join(self._train_tables), names)
-            metrics["kl/coef"] = self._coef
-        if self._train_tables or self._early_stops:  # the stop may come in a later log than the rollout
-            metrics["ppo/early_stop"] = self._early_stops / max(len(self._train_tables), 1)
-        metrics |= means(self._extra)
-        metrics["episode"] = float(self.episodes)
-        self._train_tables, self._extra, self._early_stops = [], {}, 0.0
-        self._loss_sums = dict.fromkeys(LOSS_SUMS, 0.0)
+        state = self.ppo
+        tables = state.train.tables
+        metrics = loss_metrics(state.loss_sums)
+        if tables:
+            metrics |= rollout_metrics(Table.join(tables), names)
+            metrics["kl/coef"] = state.coef
+        if tables or state.early_stops:  # the stop may come in a later log than the rollout
+            metrics["ppo/early_stop"] = state.early_stops / max(len(tables), 1)
+        metrics |= means(state.train.logged)
+        metrics["episode"] = float(state.episodes)
+        state.forget_logged()
         return metrics
 
     # ---- the Trainer's frame ---------------------------------------------------------------------------------
@@ -399,21 +411,7 @@ class PPOTrainer(Trainer):
         """Prompts, as many per batch as a process needs for one rollout, repeated for every micro-batch made of it."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        sampler = RolloutSampler(
-            size=len(self.train_dataset),  # pyright: ignore
-            per_rollout=self.args.episodes_per_rollout,
-            repeats=self.args.micro_batches_per_rollout,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            shuffle=self.args.train_sampling_strategy != "sequential",
-        )
-        loader = DataLoader(
-            self.train_dataset,  # pyright: ignore
-            batch_size=self.args.rollout_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            drop_last=True,
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(given.rollout_dataloader(self.train_dataset, self.args, self.data_collator))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -421,35 +419,35 @@ class PPOTrainer(Trainer):
         """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir."""
         output_dir = self._output_dir
         with ckpt.locked(output_dir, self.accelerator):
-            folder = ckpt.choose(output_dir, resume_from_checkpoint)
+            folder = ckpt.resolve_checkpoint(output_dir, resume_from_checkpoint)
             set_seed(self.args.seed + self._data_rank)
             if folder is not None:
                 self._load_state(folder)
             else:
-                self._cycle = Cycle(self.args, self._data_rank, self.episodes)
+                self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
             if self.args.kl_log_tokens:
                 from klft.ppo.tokens import TokenTables
 
-                self._tokens = TokenTables(self, output_dir)
+                self.ppo.tokens = TokenTables(self, output_dir)
             result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
-            if self._tokens:
-                self._tokens.close()
+            if self.ppo.tokens:
+                self.ppo.tokens.close()
             best = self.state.best_model_checkpoint
             if self.args.load_best_model_at_end and best:
                 self._load_value_function(Path(best))
             return result
 
-    def _run_facts(self) -> dict[str, Any]:
+    def _run_settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that continues it."""
         structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
-        facts = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
-        facts["reward_funcs"] = [reward_name(f) for f in self.reward_funcs]
-        return facts | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
+        settings = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
+        settings["reward_funcs"] = [reward_name(f) for f in self.reward_funcs]
+        return settings | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as from_pretrained loads it; the value function rides along, or lies beside it as safetensors."""
         super().save_model(output_dir, _internal_call)
-        if self._value_apart and self.args.should_save:
+        if self._value_in_own_file and self.args.should_save:
             tensors = value_function.value_parameters(self._policy)
             save_file(tensors, Path(output_dir or self._output_dir) / ckpt.VALUE_FILE)
 
@@ -457,39 +455,40 @@ class PPOTrainer(Trainer):
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
         with ckpt.writing(self, final) as folder:
             super()._save_checkpoint(model, trial)
-            if self._cycle.rollout is not None:
+            state = self.ppo
+            if state.cycle.rollout is not None:
                 rank = self.args.process_index
-                save_file(self._cycle.rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
+                save_file(state.cycle.rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
             if self.args.should_save:
-                state = {
-                    "run": self._run_facts(),
+                saved = {
+                    "run": self._run_settings(),
                     "step": self.state.global_step,
                     "controller": self.penalty.state_dict(),
-                    "moments": self._moments.state_dict(),
-                    "episodes": self.episodes,
-                    "cycle": self._cycle.state_dict(),
+                    "moments": state.moments.state_dict(),
+                    "episodes": state.episodes,
+                    "cycle": state.cycle.state_dict(),
                 }
-                ckpt.write_state(folder, state)
+                ckpt.write_state(folder, saved)
 
     def _load_state(self, folder: Path) -> None:
         state = ckpt.read_state(folder)
         done, wanted = state["step"], self.args.max_steps
         if 0 < wanted <= done:
             raise ValueError(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
-        changed = ckpt.differences(state["run"], self._run_facts())
+        changed = ckpt.differences(state["run"], self._run_settings())
         if changed:
             raise ValueError(
                 f"{folder} was written by another run: {'; '.join(changed)}. Put these back to resume, or start anew "
                 "in another output_dir."
             )
         self.penalty.load_state_dict(state["controller"])
-        self._moments.load_state_dict(state["moments"])
-        self.episodes = state["episodes"]
-        self._cycle = Cycle(self.args, self._data_rank, self.episodes)
-        self._cycle.load_state_dict(state["cycle"])
-        if self._cycle.position:
+        self.ppo.moments.load_state_dict(state["moments"])
+        self.ppo.episodes = state["episodes"]
+        cycle = self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
+        cycle.load_state_dict(state["cycle"])
+        if cycle.position:
             tensors = load_file(folder / f"klft_rollout_{self.args.process_index}.safetensors")
-            self._cycle.rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
+            cycle.rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
         self._load_value_function(folder)
 
     def _load_value_function(self, folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from klft.references.adapter import AdapterReference
 from klft.references.frozen import FrozenReference
-from klft.references.protocol import as_reference
+from klft.references.protocol import Reference, resolve_reference
 
-__all__ = ["AdapterReference", "FrozenReference", "as_reference"]
+__all__ = ["AdapterReference", "FrozenReference", "Reference", "resolve_reference"]

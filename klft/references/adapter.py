@@ -2,18 +2,19 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from klft.heads import LMHead
-from klft.models import causal_inputs, evaluating, require_causal_lm
-from klft.references.frozen import hidden_and_head
+from klft.models import causal_inputs, evaluating
+from klft.references.frozen import ModelReference, hidden_and_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class AdapterReference:
+class AdapterReference(ModelReference):
     """The policy itself with its PEFT adapter switched off: no second copy of the weights in memory.
 
     Logits equal the base model's exactly. Raises TypeError for a model without an adapter.
@@ -25,10 +26,17 @@ class AdapterReference:
                 f"AdapterReference needs a PEFT model, got {type(peft_model).__name__}; use FrozenReference for a "
                 "second, frozen model"
             )
-        require_causal_lm(peft_model, "reference")
-        self.model = peft_model
+        super().__init__(peft_model)
 
-    def check_apart_from(self, policy: nn.Module) -> None:
+    @property
+    def name(self) -> str:
+        """The base model's name."""
+        return f"{super().name} without its adapter"
+
+    def to(self, device: torch.device | str) -> None:
+        """Nothing: it is where the policy is."""
+
+    def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError if the policy trains weights the adapter does not own: they are the reference's too."""
         # PEFT marks what an adapter owns with its tuner's prefix, or with one of these.
         marks = ["modules_to_save", "prompt_encoder", "trainable_tokens_"]
@@ -40,9 +48,10 @@ class AdapterReference:
                 "Freeze them, or pass a FrozenReference."
             )
 
-    def __call__(
+    def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
+        """Of the last `keep` positions (0: all)."""
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
             return self.model(**inputs).logits[:, -keep:]
@@ -50,7 +59,7 @@ class AdapterReference:
     def hidden(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> tuple[Float[Tensor, "B K D"], LMHead]:
-        """(hidden states, head) of the base model."""
+        """(hidden states, head) of the base model. TypeError where the head cannot be read."""
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
             return hidden_and_head(self.model, inputs, keep)

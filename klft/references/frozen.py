@@ -1,34 +1,90 @@
-"""The frozen reference: whatever the policy must stay close to, as a thing that gives logits and never learns.
+"""A separate model, frozen."""
 
-`reference(input_ids, attention_mask, keep)` returns the logits of the last `keep` positions, [B, keep, V], under
-no_grad, in eval mode, with the tokens at the positions they would have without padding. `reference.hidden(...)`, with
-the same arguments, returns what its head would have read and the head, and computes no logits.
-"""
-
-import logging
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from klft.heads import LMHead
-from klft.models import causal_inputs, hidden_states, require_causal_lm
+from klft.models import (
+    base_of,
+    causal_inputs,
+    check_no_shared_storage,
+    hidden_states,
+    max_positions,
+    require_causal_lm,
+    vocab_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+
+class ModelReference:
+    """What references with a transformers model of their own have in common; `model` is nobody else's business."""
+
+    def __init__(self, model: Any):
+        require_causal_lm(model, "reference")
+        self.model = model
+
+    @property
+    def name(self) -> str:
+        """The model's name or path, else its class."""
+        base = base_of(self.model)
+        return base.config._name_or_path or type(base).__name__
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its vocabulary head."""
+        return vocab_size(self.model)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text it can read, in tokens; None where it has no limit."""
+        return max_positions(self.model)
+
+    def after_step(self, policy: nn.Module) -> None:
+        """Nothing: it never changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: it never changes."""
+        return {}
+
+    def logits(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> Float[Tensor, "B K V"]:
+        """Of the last `keep` positions (0: all), on the device of input_ids."""
+        raise NotImplementedError
+
+    def check_independent(self, policy: nn.Module) -> None:
+        """Raise ValueError, naming a parameter, if training the policy would move the reference."""
+        raise NotImplementedError
+
+    # Names of klft 0.1.
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> Tensor:
+        """Deprecated: `logits`."""
+        warnings.warn("calling a reference is deprecated: use reference.logits(...)", DeprecationWarning, stacklevel=2)
+        return self.logits(input_ids, attention_mask, keep)
+
+    def check_apart_from(self, policy: nn.Module) -> None:
+        """Deprecated: `check_independent`."""
+        text = "check_apart_from is deprecated: use reference.check_independent(policy)"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        self.check_independent(policy)
 
 
 @torch.no_grad()
-def hidden_and_head(model: nn.Module, inputs: dict, keep: int) -> tuple[Tensor, LMHead]:
+def hidden_and_head(model: nn.Module, inputs: dict[str, Any], keep: int) -> tuple[Tensor, LMHead]:
+    """One forward without logits: (hidden states of the last `keep` positions, head)."""
     with hidden_states(model) as kept:
         model(**inputs)
     return kept.hidden[:, -keep:], LMHead.from_model(model)
 
 
-class FrozenReference:
+class FrozenReference(ModelReference):
     """A separate model, frozen: eval mode, no parameter asks for a gradient. TypeError for anything but a causal LM.
 
     The model is changed in place (frozen); it may be of another dtype, device or architecture than the policy, as long
@@ -36,33 +92,33 @@ class FrozenReference:
     """
 
     def __init__(self, model: "PreTrainedModel"):
-        require_causal_lm(model, "reference")
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
+        model.eval().requires_grad_(False)
 
-    def check_apart_from(self, policy: nn.Module) -> None:
-        """Raise ValueError if a parameter of the policy lives in the reference's memory: it would drift along."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters() if p.numel()}
-        for name, p in policy.named_parameters():
-            if p.numel() and p.untyped_storage().data_ptr() in own:
-                raise ValueError(
-                    f"the reference shares the policy's memory (parameter {name!r}), so it would not stay frozen. "
-                    "Load it a second time, or copy it with copy.deepcopy(model)."
-                )
+    def to(self, device: torch.device | str) -> None:
+        """Move the model, unless it is quantised or spread over devices."""
+        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+            self.model.to(device)
 
-    def __call__(
+    def check_independent(self, policy: nn.Module) -> None:
+        """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
+        check_no_shared_storage(self.model, policy)
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
+        self.model.eval()  # a trainer that walks over modules may have flipped it
+        device = next(self.model.parameters()).device
+        return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
+
+    def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        device = next(self.model.parameters()).device
-        inputs = causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
-        self.model.eval()  # a trainer that walks over modules may have flipped it
+        """Of the last `keep` positions (0: all), on the device of input_ids."""
         with torch.no_grad():
-            return self.model(**inputs).logits[:, -keep:].to(input_ids.device)
+            logits = self.model(**self._inputs(input_ids, attention_mask, keep)).logits
+        return logits[:, -keep:].to(input_ids.device)
 
     def hidden(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> tuple[Float[Tensor, "B K D"], LMHead]:
-        """(hidden states, head), both on the reference's own device."""
-        device = next(self.model.parameters()).device
-        inputs = causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
-        self.model.eval()
-        return hidden_and_head(self.model, inputs, keep)
+        """(hidden states, head), both on the reference's own device. TypeError where the head cannot be read."""
+        return hidden_and_head(self.model, self._inputs(input_ids, attention_mask, keep), keep)

@@ -1,28 +1,99 @@
-"""From what a user hands over to a reference."""
+"""Reference, the protocol of what a policy must stay close to; resolve_reference makes one of whatever is given."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from klft.references.adapter import AdapterReference
-from klft.references.frozen import FrozenReference
+from klft.heads import LMHead
+from klft.models import check_no_shared_storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def as_reference(reference: Any, model: nn.Module) -> FrozenReference | AdapterReference:
-    """A model or a klft reference -> a klft reference; None -> the policy with its adapter off.
+@runtime_checkable
+class Reference(Protocol):
+    """A frozen next-token distribution. Whatever has these members can stand in for it; nobody asks for its class.
 
-    Raises ValueError where the policy is given as its own reference, or None and it has no adapter; TypeError for what
-    is no causal language model.
+    `logits` and `hidden` run without gradient, in eval mode, with every token at the position it would have without
+    padding, and leave all modes as they were.
     """
-    if isinstance(reference, (FrozenReference, AdapterReference)):
-        return reference
-    if reference is model:
-        raise ValueError("the reference is the policy itself, so every KL is 0: load it a second time, or copy it")
-    if reference is not None:
-        return FrozenReference(reference)
-    if not hasattr(model, "disable_adapter"):
-        raise ValueError(
-            f"there is no reference, and {type(model).__name__} has no PEFT adapter that could be switched off; pass a "
-            "second model"
-        )
-    return AdapterReference(model)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its vocabulary head, padding rows included."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text it can read, in tokens; None where it has no limit."""
+        ...
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to a device, if it can be moved (a quantised or device-mapped body stays where it is)."""
+        ...
+
+    def logits(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> Float[Tensor, "B K V"]:
+        """Of the last `keep` positions (0: all), on the device of input_ids."""
+        ...
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
+        """(what its head would read at the last `keep` positions, the head), on its own device; no logits are made.
+
+        Raises TypeError where the head cannot be read: then ask for logits.
+        """
+        ...
+
+    def check_independent(self, policy: nn.Module) -> None:
+        """Raise ValueError, naming a parameter, if training the policy would move the reference."""
+        ...
+
+    def after_step(self, policy: nn.Module) -> None:
+        """Called after each optimizer step, for references that follow the policy."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to continue; empty for what never changes."""
+        ...
+
+
+def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: nn.Module | None = None) -> Reference:
+    """A reference from a Reference, a model (which is frozen), or None: the policy with its PEFT adapter off.
+
+    Checked against the policy, if it is given, before anything is frozen. Raises ValueError for the policy itself, for
+    a model that shares storage with it, and for None where the policy has no adapter; TypeError for anything else.
+    """
+    from klft.references.adapter import AdapterReference
+    from klft.references.frozen import FrozenReference
+
+    if reference is None:
+        if policy is None or not hasattr(policy, "disable_adapter"):
+            raise ValueError(
+                f"there is no reference, and {type(policy).__name__} has no PEFT adapter that could be switched off; "
+                "pass a second model"
+            )
+        resolved: Reference = AdapterReference(policy)  # pyright: ignore[reportArgumentType]
+    elif isinstance(reference, nn.Module):
+        if reference is policy:
+            raise ValueError("the reference is the policy itself, so every KL is 0: load it a second time, or copy it")
+        if policy is not None:
+            check_no_shared_storage(reference, policy)
+        return FrozenReference(reference)  # pyright: ignore[reportArgumentType]
+    elif callable(getattr(reference, "logits", None)):  # not isinstance: that would read every property
+        resolved = reference
+    else:
+        raise TypeError(f"reference must be a model or a klft reference, got {type(reference).__name__}")
+    if policy is not None:
+        resolved.check_independent(policy)
+    return resolved

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support import oracles, tiny
-from support.processes import launch
+from support.processes import launch, leave
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -83,7 +83,7 @@ def expect_reproduced(folder, logged):
             assert log[f"kl/{name}/mean"] == pytest.approx(sum(kls) / len(kls), rel=1e-6)
             assert log[f"kl/{name}/max"] == pytest.approx(max(kls), rel=1e-6)
         assert log["kl/k1/mean"] == pytest.approx(sum(r["logp"] - r["ref_logp"] for r in mine) / len(mine), rel=1e-5)
-        assert log["kl/sequence/mean"] == pytest.approx(sum(r["reverse_kl"] for r in mine) / 4, rel=1e-6)
+        assert log["kl/sequence/reverse/mean"] == pytest.approx(sum(r["reverse_kl"] for r in mine) / 4, rel=1e-6)
     return table, metadata
 
 
@@ -319,7 +319,7 @@ def shared():
         (lambda: (tiny.llama(), tiny.llama(5, vocab_size=31), PROBES), "the reference's head has 31 rows"),
         (lambda: (*shared(), PROBES), "shares the policy's memory"),
         (lambda: (tiny.llama(), tiny.llama(5), [{"prompt": "w1", "completion": ""}]), "has a token to score"),
-        (lambda: (tiny.llama(), tiny.llama(5), ["w1", ""]), "probe 1 has no tokens"),
+        (lambda: (tiny.llama(), tiny.llama(5), ["w1", ""]), "the prompt '' has no tokens"),
         (lambda: (tiny.llama(), tiny.llama(5), ["w1"]), "texts have up to 65 tokens, the model 64 positions"),
     ],
 )
@@ -373,3 +373,4 @@ def test_two_processes_log_what_one_logs(tmp_path):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+    leave()

@@ -156,7 +156,7 @@ def test_a_head_that_klft_cannot_read_is_scored_from_logits(caplog):
     with caplog.at_level(logging.INFO, "klft"):
         found = list(score_texts(policy, reference, tiny.tokenizer(), TEXTS, temperature=0.7, **SIZES))
     every_row(found, policy, reference, temperature=0.7, rows=32)
-    told = [record for record in caplog.records if "scoring from logits" in record.getMessage()]
+    told = [record for record in caplog.records if "scoring the policy from logits" in record.getMessage()]
     assert len(told) == 1
     assert "adapter" in told[0].getMessage()
 

@@ -347,7 +347,9 @@ def test_a_loop_logs_its_tokens(tmp_path):
             assert sum(row[column] for row in mine) == pytest.approx(numbers[name] * len(mine), rel=1e-6)
         k1 = sum(row["logp"] - row["ref_logp"] for row in mine) / len(mine)
         assert numbers["kl/k1/mean"] == pytest.approx(k1, rel=1e-6)
-        assert numbers["kl/sequence/mean"] == pytest.approx((scores.reverse_kl * mask).sum().item() / 3, rel=1e-5)
+        assert numbers["kl/sequence/reverse/mean"] == pytest.approx(
+            (scores.reverse_kl * mask).sum().item() / 3, rel=1e-5
+        )
         assert numbers["kl/top1_agree/frac"] == pytest.approx(scores.top1_agree[mask].double().mean().item())
 
 

@@ -368,7 +368,8 @@ def test_scalars_have_the_trainers_names():
     rows = rows_of()
     real, found = counted(rows), scalars(stats_of(rows))
     names = {f"kl/{d}/{m}" for d in ("reverse", "forward") for m in ("mean", "p50", "p90", "p99", "max")}
-    names |= {"kl/sequence/mean", "kl/k1/mean", "kl/k2/mean", "kl/k3/mean", "kl/top1_agree/frac", "kl/nonfinite/count"}
+    names |= {f"kl/{k}/mean" for k in ("sequence/reverse", "sequence/forward", "k1", "k2", "k3")}
+    names |= {"kl/top1_agree/frac", "kl/nonfinite/count"}
     assert set(found) == names | {"entropy/policy/mean", "entropy/reference/mean", "kl/tokens/count"}
     assert all(type(value) is float for value in found.values())
     assert found["kl/forward/max"] == max(quantity(real, "forward"))

@@ -1,4 +1,4 @@
-"""Masked sums, means, variances and whitening against plain loops, alone and over two pretended processes."""
+"""Masked sums, means, variances and whitening against plain loops, no_reduce and over two pretended processes."""
 
 import math
 import threading
@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 from support import oracles
 
 import klft
-from klft.masked import alone
+from klft.masked import no_reduce
 
 INF = math.inf
 STATISTICS = [klft.masked_sum, klft.masked_mean, klft.masked_var]
@@ -153,7 +153,7 @@ def test_two_processes_give_the_single_process_statistics(statistic, cut):
     whole = statistic(x, mask)
     for part in on_two_processes(statistic, [(x[:cut], mask[:cut]), (x[cut:], mask[cut:])]):
         torch.testing.assert_close(part, whole, rtol=1e-13, atol=1e-15)
-    assert alone(whole) is whole
+    assert no_reduce(whole) is whole
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])

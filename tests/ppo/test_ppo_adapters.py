@@ -32,7 +32,7 @@ def test_a_peft_run_is_its_own_reference_with_the_adapter_off(tmp_path):
     assert logs[-1]["kl/reverse/mean"] > 1e-4
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():
-        assert torch.equal(run.penalty.reference(ids, torch.ones_like(ids), 4), initial(ids).logits)
+        assert torch.equal(run.penalty.reference.logits(ids, torch.ones_like(ids), 4), initial(ids).logits)
     assert tiny.unequal(start, value_parameters(run.model))
 
     loaded = PeftModel.from_pretrained(copy.deepcopy(initial), tmp_path / "checkpoint-4").eval()
@@ -65,7 +65,7 @@ def test_a_peft_model_can_be_handed_in(tmp_path):
     run.train()
     ids = torch.tensor([[4, 5, 6, 7]])
     with torch.no_grad():
-        assert torch.equal(run.penalty.reference(ids, torch.ones_like(ids), 4), initial(ids).logits)
+        assert torch.equal(run.penalty.reference.logits(ids, torch.ones_like(ids), 4), initial(ids).logits)
     assert tiny.unequal(start, value_parameters(run.model))
     loaded = PeftModel.from_pretrained(copy.deepcopy(initial), tmp_path / "checkpoint-3").eval()
     assert torch.equal(loaded(ids).logits, run.model.eval()(ids).logits)

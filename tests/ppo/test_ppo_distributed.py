@@ -12,7 +12,7 @@ import conftest  # noqa: F401 - also for the script: no hub, few threads
 import pytest
 import torch
 from support import tiny
-from support.processes import launch
+from support.processes import launch, leave
 
 WORLD = 2
 
@@ -272,3 +272,4 @@ def test_an_error_in_one_process_ends_both_with_its_traceback(tmp_path):
 
 if __name__ == "__main__":
     worker(sys.argv[1], Path(sys.argv[2]))
+    leave()

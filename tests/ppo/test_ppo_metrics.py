@@ -11,7 +11,8 @@ from support import tiny
 
 ROLLOUT = {
     *(f"kl/{d}/{s}" for d in ("reverse", "forward") for s in ("mean", "p50", "p90", "p99", "max")),
-    "kl/k1/mean", "kl/k2/mean", "kl/k3/mean", "kl/sequence/mean", "kl/top1_agree/frac", "kl/nonfinite/count",
+    *(f"kl/{k}/mean" for k in ("k1", "k2", "k3", "sequence/reverse", "sequence/forward")), "kl/top1_agree/frac",
+    "kl/nonfinite/count", "kl/tokens/count",
     "entropy/policy/mean", "entropy/reference/mean", "value/explained_variance", "reward/score/mean",
     "reward/score/std", "reward/mixed/mean", "reward/count_w5/mean", "reward/total/mean", "completions/mean_length",
     "completions/terminated/frac",
@@ -77,7 +78,7 @@ def test_metrics_are_those_of_the_real_tokens(tmp_path):
         "kl/k1/mean": k1.mean(),
         "kl/k2/mean": (k1**2 / 2).mean(),
         "kl/k3/mean": (np.exp(-k1) - 1 + k1).mean(),
-        "kl/sequence/mean": np.mean(columns["sequence"]),
+        "kl/sequence/reverse/mean": np.mean(columns["sequence"]),
         "kl/top1_agree/frac": np.mean(columns["agree"]),
         "entropy/policy/mean": np.mean(columns["entropy"]),
         "entropy/reference/mean": np.mean(columns["ref_entropy"]),

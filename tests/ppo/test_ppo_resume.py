@@ -105,7 +105,7 @@ def test_a_stopped_rollout_stays_stopped(tmp_path):
     whole.train()
     start(tmp_path / "cut", max_steps=3, **settings).train()
     saved = json.loads((tmp_path / "cut" / "checkpoint-3" / "klft_state.json").read_text())
-    assert saved["cycle"]["facts"]["stopped"] is True
+    assert saved["cycle"]["stats"]["stopped"] is True
     rest = start(tmp_path / "cut", max_steps=8, **settings)
     rest.train(resume_from_checkpoint=True)
     assert not tiny.unequal(tiny.parameters(whole.model), tiny.parameters(rest.model))

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from klft import FrozenReference
-from klft.generation import Batch, generate
+from klft.generation import Completions, sample_completions
 from klft.masked import token_logps
-from klft.ppo.inputs import prompts_of
-from klft.ppo.rollout import Scorer
+from klft.ppo.inputs import check_dataset
+from klft.ppo.rollout import score_completions
 from klft.ppo.value import attach_value_head, install_hooks
-from klft.prompts import completion_mask, eos_ids, tokenize_prompts
+from klft.prompts import completion_mask, encode_prompts, eos_ids, pad
+from klft.scoring import Scorer
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -43,7 +44,7 @@ def a_batch(seed=0, rows=6, width=5):
     for i in range(0, rows, 2):
         completion_ids[i, i % width] = tiny.EOS
     mask, _ = completion_mask(completion_ids, [tiny.EOS])
-    return Batch(prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, tiny.PAD), mask)
+    return Completions(prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, tiny.PAD), mask)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -101,12 +102,12 @@ def test_any_of_several_ends_stops_a_completion(tmp_path):
 def test_padding_with_the_end_token_changes_no_loss_and_no_gradient(tmp_path):
     """The run where pad is eos and the run where it is not, three steps with ended and with cut-off completions."""
     recorders, logs, lengths = [], [], []
-    for pad in ("<pad>", "<eos>", None):
+    for name in ("<pad>", "<eos>", None):
         recorder = tiny.Recorder()
         run = tiny.trainer(
-            tmp_path / str(pad), kind=tiny.SeenTrainer, max_steps=3, per_device_train_batch_size=8,
+            tmp_path / str(name), kind=tiny.SeenTrainer, max_steps=3, per_device_train_batch_size=8,
             missing_eos_penalty=0.3, max_completion_length=12,
-            given={"processing_class": tiny.tokenizer(pad=pad), "callbacks": [recorder]},
+            given={"processing_class": tiny.tokenizer(pad=name), "callbacks": [recorder]},
         )  # fmt: skip
         run.train()
         recorders.append(recorder)
@@ -123,9 +124,9 @@ def test_padding_with_the_end_token_changes_no_loss_and_no_gradient(tmp_path):
 @each_model
 def test_left_padding_changes_no_log_probability(make):
     model, reference = with_head(make()), make(seed=5).eval()
-    scorer = Scorer(FrozenReference(reference), 0.7, tiny.VOCABULARY)
+    scorer = Scorer(FrozenReference(reference), temperature=0.7)
     batch = a_batch()
-    scores, values, last = scorer.score(model, model, batch, 4)
+    scores, values, last = score_completions(scorer, model, model, batch, 4)
     for i in range(len(batch.mask)):
         prompt = batch.prompt_ids[i][batch.prompt_mask[i]]
         said = batch.completion_ids[i][batch.mask[i]]
@@ -145,10 +146,10 @@ def test_left_padding_changes_no_log_probability(make):
 @each_model
 def test_scoring_is_the_same_however_many_rows_at_a_time(make):
     model = with_head(make())
-    scorer = Scorer(FrozenReference(make(seed=5)), 1.3, tiny.VOCABULARY)
+    scorer = Scorer(FrozenReference(make(seed=5)), temperature=1.3)
     batch = a_batch()
-    whole = scorer.score(model, model, batch, 100)
-    parts = scorer.score(model, model, batch, 1)
+    whole = score_completions(scorer, model, model, batch, 100)
+    parts = score_completions(scorer, model, model, batch, 1)
     for name in vars(whole[0]):
         torch.testing.assert_close(getattr(parts[0], name), getattr(whole[0], name), rtol=0, atol=1e-5)
     torch.testing.assert_close(parts[1:], whole[1:], rtol=0, atol=1e-5)
@@ -264,9 +265,7 @@ def test_what_is_sampled_is_what_is_scored_whatever_the_model_brings_along(users
     prompt = torch.tensor([[5, 9, 9]]).expand(n, -1)
     wanted = tiny.config("unused", temperature=0.8, max_completion_length=1).generation_config([tiny.EOS], tiny.PAD)
     torch.manual_seed(0)
-    batch, _ = generate(
-        model, prompt, torch.ones_like(prompt).bool(), [tiny.EOS], tiny.PAD, wanted, model.config.vocab_size
-    )
+    batch, _ = sample_completions(model, prompt, torch.ones_like(prompt).bool(), wanted, model.config.vocab_size)
     scored = (model(prompt[:1]).logits[0, -1] / 0.8).softmax(-1)
     sampled = batch.completion_ids[:, 0].bincount(minlength=tiny.VOCABULARY) / n
     # The distance expected of so many honest draws, by their standard errors; a wrong distribution is 0.3 and more off.
@@ -313,7 +312,7 @@ def test_what_follows_the_end_changes_nothing(tmp_path):
         results.append((loss.detach(), {n: p.grad.clone() for n, p in run.model.named_parameters()}))
     assert torch.equal(results[0][0], results[1][0])
     assert not tiny.unequal(results[0][1], results[1][1])
-    scored = [run.scorer.score(run.model, run.model, batch, 4) for batch in (rollout, noisy)]
+    scored = [score_completions(run.scorer, run.model, run.model, batch, 4) for batch in (rollout, noisy)]
     for name in [name for name, value in vars(scored[0][0]).items() if value is not None]:
         clean, dirty = (getattr(s[0], name)[rollout.mask] for s in scored)
         assert torch.equal(clean, dirty), name
@@ -323,19 +322,19 @@ def test_what_follows_the_end_changes_nothing(tmp_path):
 
 
 def test_a_long_prompt_keeps_its_end():
-    ids, mask = tokenize_prompts(tiny.tokenizer(), ["w1 w2 w3 w4 w5", "w7"], 3, tiny.PAD)
+    ids, mask = pad(encode_prompts(tiny.tokenizer(), ["w1 w2 w3 w4 w5", "w7"], 3), tiny.PAD)
     assert ids.tolist() == [[6, 7, 8], [tiny.PAD, tiny.PAD, 10]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
 
 
 def test_without_a_limit_a_prompt_is_whole():
-    ids, _ = tokenize_prompts(tiny.tokenizer(), ["w1 w2 w3 w4 w5"], None, tiny.PAD)
+    ids, _ = pad(encode_prompts(tiny.tokenizer(), ["w1 w2 w3 w4 w5"]), tiny.PAD)
     assert ids.tolist() == [[4, 5, 6, 7, 8]]
 
 
 def test_a_prompt_without_a_token_is_an_error():
     with pytest.raises(ValueError, match="no tokens"):
-        tokenize_prompts(tiny.tokenizer(), ["w1", " "], None, tiny.PAD)
+        encode_prompts(tiny.tokenizer(), ["w1", " "])
 
 
 def conversation(i):
@@ -344,7 +343,7 @@ def conversation(i):
 
 def test_a_conversation_has_one_bos():
     tokenizer = tiny.tokenizer(adds_bos=True, chat=True)
-    ids, mask = tokenize_prompts(tokenizer, [conversation(1), "w1 w2"], None, tiny.PAD)
+    ids, mask = pad(encode_prompts(tokenizer, [conversation(1), "w1 w2"]), tiny.PAD)
     assert ids[0][mask[0]].tolist() == [tiny.BOS, 30, 4, 5, 31]  # <bos> w27 w1 w2 w28
     assert ids[1][mask[1]].tolist() == [tiny.BOS, 4, 5]
 
@@ -371,16 +370,16 @@ def test_reward_functions_see_messages_where_the_prompt_was_messages(tmp_path):
 def test_empty_prompts_are_dropped_and_counted(caplog):
     data = tiny.Dataset.from_dict({"prompt": ["w1", "", "w2", None, "w3"], "n": [0, 1, 2, 3, 4]})
     with caplog.at_level(logging.WARNING):
-        kept = prompts_of(data, "train_dataset", 1)
+        kept = check_dataset(data, "train_dataset", 1)
     assert kept["n"] == [0, 2, 4]
     assert "dropped 2 empty prompt(s) of 5" in caplog.text
     talk = tiny.Dataset.from_dict({"prompt": [conversation(1), [], conversation(2)]})
-    assert len(prompts_of(talk, "train_dataset", 1)) == 2
+    assert len(check_dataset(talk, "train_dataset", 1)) == 2
 
 
 def test_too_few_prompts_are_refused_with_the_arithmetic():
     with pytest.raises(ValueError, match=r"has 3 prompt\(s\), and one rollout takes 4"):
-        prompts_of(tiny.prompts(3), "train_dataset", 4)
+        check_dataset(tiny.prompts(3), "train_dataset", 4)
 
 
 # ---- modes -------------------------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def test_ids_that_only_the_policy_has_are_never_sampled():
     model = tiny.llama()
     ids = torch.full((64, 1), 5)
     wanted = tiny.config("unused", max_completion_length=4).generation_config([tiny.EOS], tiny.PAD)
-    batch, _ = generate(model, ids, torch.ones_like(ids).bool(), [tiny.EOS], tiny.PAD, wanted, 8)
+    batch, _ = sample_completions(model, ids, torch.ones_like(ids).bool(), wanted, 8)
     assert batch.completion_ids.max() < 8
 
 
@@ -404,7 +403,7 @@ def test_a_nan_in_generation_is_placed():
     ids = torch.full((2, 3), 5)
     wanted = tiny.config("unused").generation_config([tiny.EOS], tiny.PAD)
     with pytest.raises(ValueError, match=r"not finite for sample 0, position 3 \(2 of 2"):
-        generate(model, ids, torch.ones_like(ids).bool(), [tiny.EOS], tiny.PAD, wanted, tiny.VOCABULARY)
+        sample_completions(model, ids, torch.ones_like(ids).bool(), wanted, tiny.VOCABULARY)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -421,7 +420,7 @@ def test_every_module_gets_its_mode_back(fails):
 
     def go(ids):
         wanted = GenerationConfig(max_new_tokens=2, do_sample=True, eos_token_id=[2], pad_token_id=0)
-        return generate(model, ids, torch.ones_like(ids).bool(), [2], 0, wanted, model.config.vocab_size)
+        return sample_completions(model, ids, torch.ones_like(ids).bool(), wanted, model.config.vocab_size)
 
     if fails:
         with pytest.raises(IndexError):

@@ -13,6 +13,7 @@ from support import tiny
 from transformers import AutoModelForCausalLM
 
 from klft import FrozenReference
+from klft.ppo.rollout import forward_with_values
 from klft.ppo.value import value_parameters
 
 GOLDEN = Path(__file__).with_name("golden_ppo.json")
@@ -29,7 +30,14 @@ def test_at_step_zero_the_kl_and_the_values_are_exactly_zero(tmp_path):
     run = tiny.trainer(tmp_path, kind=tiny.SeenTrainer, max_steps=1)
     run.train()
     (log,) = tiny.step_logs(run)
-    for name in ("kl/reverse/max", "kl/forward/max", "kl/sequence/mean", "kl/k1/mean", "kl/k2/mean", "kl/k3/mean"):
+    for name in (
+        "kl/reverse/max",
+        "kl/forward/max",
+        "kl/sequence/reverse/mean",
+        "kl/k1/mean",
+        "kl/k2/mean",
+        "kl/k3/mean",
+    ):
         assert log[name] == 0.0, name
     assert log["kl/top1_agree/frac"] == 1.0
     assert log["entropy/policy/mean"] == log["entropy/reference/mean"]
@@ -87,7 +95,7 @@ def test_the_value_behind_the_last_token_counts_only_when_asked_and_cut_off(boot
     )  # fmt: skip
     run.train()
     micro = run.seen[0][0]
-    _, _, last = run.scorer.forward(run.model, run.model, micro)
+    _, _, last = forward_with_values(run.model, run.model, micro)
     full = micro.mask.sum(-1)
     ended = (micro.completion_ids * last_token(micro.mask) == tiny.EOS).any(-1)
     assert 0 < ended.sum() < 16
@@ -283,10 +291,10 @@ def test_the_adaptive_controller_follows_its_rule(tmp_path):
     for log in tiny.step_logs(run):
         assert log["kl/coef"] == pytest.approx(coef, rel=1e-9)
         # per sequence, in nats: mean tokens times mean per token
-        assert log["kl/sequence/mean"] == pytest.approx(
+        assert log["kl/sequence/reverse/mean"] == pytest.approx(
             log["kl/reverse/mean"] * log["completions/mean_length"], rel=1e-6
         )
-        coef *= 1 + min(max(log["kl/sequence/mean"] / 4.0 - 1, -0.2), 0.2) * 8 / 20
+        coef *= 1 + min(max(log["kl/sequence/reverse/mean"] / 4.0 - 1, -0.2), 0.2) * 8 / 20
     assert run.penalty.coef == pytest.approx(coef, rel=1e-9)
     assert abs(coef - 0.2) > 0.01
 
@@ -355,8 +363,8 @@ def test_it_learns_and_the_penalty_bounds_the_kl(tmp_path):
     held, free = learn(tmp_path / "held", 0.04), learn(tmp_path / "free", 0.0)
     for logs in (held, free):
         assert logs[-1]["reward/score/mean"] > logs[0]["reward/score/mean"] + 0.1
-    kl = [np.mean([log["kl/sequence/mean"] for log in logs[-5:]]) for logs in (held, free)]
-    assert max(log["kl/sequence/mean"] for log in held) < 15
+    kl = [np.mean([log["kl/sequence/reverse/mean"] for log in logs[-5:]]) for logs in (held, free)]
+    assert max(log["kl/sequence/reverse/mean"] for log in held) < 15
     assert kl[1] > 2 * kl[0]
 
 

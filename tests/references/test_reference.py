@@ -95,7 +95,7 @@ def test_frozen_reference_gives_the_models_own_logits_without_a_gradient():
     model = llama()
     ids, mask = batch((6, 6))
     want = model.eval()(input_ids=ids).logits.detach()
-    got = FrozenReference(model)(ids, mask, keep=6)
+    got = FrozenReference(model).logits(ids, mask, keep=6)
     assert got.shape == (2, 6, VOCAB)
     assert not got.requires_grad
     torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -105,50 +105,52 @@ def test_frozen_reference_gives_the_models_own_logits_without_a_gradient():
 def test_keep_is_the_number_of_last_positions(keep):
     reference = FrozenReference(llama())
     ids, mask = batch((6, 4))
-    torch.testing.assert_close(reference(ids, mask, keep), reference(ids, mask, 6)[:, -keep:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        reference.logits(ids, mask, keep), reference.logits(ids, mask, 6)[:, -keep:], rtol=0, atol=1e-6
+    )
 
 
 def test_frozen_reference_is_deterministic_after_someone_called_train():
     reference = FrozenReference(llama(dropout=0.5))
     ids, mask = batch((6, 6))
-    want = reference(ids, mask, 6)
+    want = reference.logits(ids, mask, 6)
     reference.model.train()
-    torch.testing.assert_close(reference(ids, mask, 6), want, rtol=0, atol=0)
+    torch.testing.assert_close(reference.logits(ids, mask, 6), want, rtol=0, atol=0)
     assert not any(m.training for m in reference.model.modules())
 
 
 def test_a_step_of_the_policy_leaves_a_copied_reference_where_it_was():
     policy = llama()
     reference = FrozenReference(copy.deepcopy(policy))
-    reference.check_apart_from(policy)
+    reference.check_independent(policy)
     ids, mask = batch((6, 6))
-    before = reference(ids, mask, 6)
+    before = reference.logits(ids, mask, 6)
     policy(input_ids=ids, labels=ids).loss.backward()
     with torch.no_grad():
         for p in policy.parameters():
             p -= p.grad
-    torch.testing.assert_close(reference(ids, mask, 6), before, rtol=0, atol=0)
+    torch.testing.assert_close(reference.logits(ids, mask, 6), before, rtol=0, atol=0)
     assert all(p.grad is None for p in reference.model.parameters())
 
 
 def test_the_policy_itself_is_refused_as_its_reference():
     policy = llama()
     with pytest.raises(ValueError, match=r"shares the policy's memory.*deepcopy"):
-        FrozenReference(policy).check_apart_from(policy)
+        FrozenReference(policy).check_independent(policy)
 
 
 def test_one_tied_tensor_is_enough_to_be_refused_and_is_named():
     policy, model = llama(0), llama(1)
     model.model.layers[1].mlp.up_proj.weight = policy.model.layers[1].mlp.up_proj.weight
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        FrozenReference(model).check_apart_from(policy)
+        FrozenReference(model).check_independent(policy)
 
 
 def test_a_view_of_the_policys_memory_is_refused():
     policy, model = llama(0), llama(1)
     model.model.norm.weight = nn.Parameter(policy.model.norm.weight.detach().view(-1))
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        FrozenReference(model).check_apart_from(policy)
+        FrozenReference(model).check_independent(policy)
 
 
 def not_causal_lms():
@@ -182,9 +184,9 @@ def test_padding_on_either_side_gives_the_same_logits(make):
     lengths = (6, 3, 1)
     right_ids, right_mask = batch(lengths, side="right")
     left_ids, left_mask = batch(lengths, side="left")
-    right, left = reference(right_ids, right_mask, 6), reference(left_ids, left_mask, 6)
+    right, left = reference.logits(right_ids, right_mask, 6), reference.logits(left_ids, left_mask, 6)
     for i, n in enumerate(lengths):
-        alone = reference(right_ids[i : i + 1, :n], torch.ones(1, n, dtype=torch.long), n)[0]
+        alone = reference.logits(right_ids[i : i + 1, :n], torch.ones(1, n, dtype=torch.long), n)[0]
         torch.testing.assert_close(right[i, :n], alone, rtol=0, atol=2e-6)
         torch.testing.assert_close(left[i, 6 - n :], alone, rtol=0, atol=2e-6)
 
@@ -193,8 +195,8 @@ def test_padding_on_either_side_gives_the_same_logits(make):
 def test_a_reference_of_another_dtype(dtype):
     model = llama()
     ids, mask = batch((6, 3))
-    wide = FrozenReference(copy.deepcopy(model).double())(ids, mask, 6)
-    got = FrozenReference(copy.deepcopy(model).to(dtype))(ids, mask, 6)
+    wide = FrozenReference(copy.deepcopy(model).double()).logits(ids, mask, 6)
+    got = FrozenReference(copy.deepcopy(model).to(dtype)).logits(ids, mask, 6)
     assert got.dtype == dtype
     # Three-way: no further from float64 than the dtype's own rounding of these logits, a few layers deep.
     bound = 16 * torch.finfo(dtype).eps * wide.abs().max().item()
@@ -205,8 +207,8 @@ def test_a_reference_of_another_dtype(dtype):
 def test_a_reference_of_another_architecture():
     ids, mask = batch((6, 3))
     reference = FrozenReference(gpt2())
-    reference.check_apart_from(llama())
-    assert reference(ids, mask, 6).shape == (2, 6, VOCAB)
+    reference.check_independent(llama())
+    assert reference.logits(ids, mask, 6).shape == (2, 6, VOCAB)
 
 
 # --- AdapterReference ------------------------------------------------------------------------------------------------
@@ -218,8 +220,8 @@ def test_adapter_reference_is_the_base_model_exactly_and_the_adapter_comes_back(
     policy = lora(base)
     ids, mask = batch((6, 6))
     with_adapter = policy.eval()(input_ids=ids).logits.detach()
-    got = AdapterReference(policy)(ids, mask, 6)
-    torch.testing.assert_close(got, FrozenReference(original)(ids, mask, 6), rtol=0, atol=0)
+    got = AdapterReference(policy).logits(ids, mask, 6)
+    torch.testing.assert_close(got, FrozenReference(original).logits(ids, mask, 6), rtol=0, atol=0)
     assert not got.requires_grad
     assert (with_adapter - got).abs().max() > 0.1  # the adapter does something, so "off" is visible
     torch.testing.assert_close(policy(input_ids=ids).logits.detach(), with_adapter, rtol=0, atol=0)
@@ -241,9 +243,9 @@ def test_adapter_reference_ignores_dropout_and_restores_training_modes():
     policy = lora(llama(dropout=0.5), lora_dropout=0.5)
     reference = AdapterReference(policy)
     ids, mask = batch((6, 6))
-    want = reference(ids, mask, 6)
+    want = reference.logits(ids, mask, 6)
     before = mixed_modes(policy)
-    torch.testing.assert_close(reference(ids, mask, 6), want, rtol=0, atol=0)
+    torch.testing.assert_close(reference.logits(ids, mask, 6), want, rtol=0, atol=0)
     assert modes(policy) == before
 
 
@@ -254,7 +256,7 @@ def test_adapter_and_modes_come_back_after_an_exception():
     expected = policy.eval()(input_ids=ids).logits.detach()
     before = mixed_modes(policy)
     with pytest.raises(IndexError):
-        reference(ids + VOCAB, mask, 6)  # ids outside the vocabulary
+        reference.logits(ids + VOCAB, mask, 6)  # ids outside the vocabulary
     assert modes(policy) == before
     assert torch.is_grad_enabled()
     torch.testing.assert_close(policy.eval()(input_ids=ids).logits.detach(), expected, rtol=0, atol=0)
@@ -291,7 +293,7 @@ def test_adapter_reference_holds_no_second_copy():
     before = tensor_bytes()
     reference = AdapterReference(policy)
     ids, mask = batch((6, 6))
-    reference(ids, mask, 6)
+    reference.logits(ids, mask, 6)
     del ids, mask
     assert reference.model is policy
     assert tensor_bytes() == before
@@ -323,16 +325,18 @@ def test_every_kind_of_adapter_is_apart_and_off_is_the_base_model(config):
                 p += 0.1 * torch.randn_like(p)
     ids, mask = batch((6, 6))
     reference = AdapterReference(policy)
-    torch.testing.assert_close(reference(ids, mask, 6), FrozenReference(original)(ids, mask, 6), rtol=0, atol=0)
-    reference.check_apart_from(policy)
+    torch.testing.assert_close(
+        reference.logits(ids, mask, 6), FrozenReference(original).logits(ids, mask, 6), rtol=0, atol=0
+    )
+    reference.check_independent(policy)
 
 
 def test_a_policy_that_trains_base_weights_is_refused():
     policy = lora(llama())
-    AdapterReference(policy).check_apart_from(policy)
+    AdapterReference(policy).check_independent(policy)
     policy.get_base_model().model.norm.weight.requires_grad_()
     with pytest.raises(ValueError, match=r"belong to the base model.*model\.norm\.weight.*FrozenReference"):
-        AdapterReference(policy).check_apart_from(policy)
+        AdapterReference(policy).check_independent(policy)
 
 
 def test_adapters_that_train_the_base_models_biases_are_refused():
@@ -340,7 +344,7 @@ def test_adapters_that_train_the_base_models_biases_are_refused():
         gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
     )
     with pytest.raises(ValueError, match="belong to the base model"):
-        AdapterReference(policy).check_apart_from(policy)
+        AdapterReference(policy).check_independent(policy)
 
 
 def test_adapter_reference_needs_an_adapter():
@@ -368,7 +372,7 @@ class Tokenizer(SimpleNamespace):
 
 @pytest.mark.parametrize(("policy", "reference", "tokenizer"), [(23, 23, 23), (32, 23, 20), (23, 32, 23)])
 def test_padded_vocabularies_pass(policy, reference, tokenizer):
-    check_vocabularies(llama(vocab_size=policy), llama(vocab_size=reference), Tokenizer(size=tokenizer))
+    check_vocabularies(Tokenizer(size=tokenizer), policy=policy, reference=reference)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +380,7 @@ def test_padded_vocabularies_pass(policy, reference, tokenizer):
 )
 def test_a_head_smaller_than_the_tokenizer_is_refused(policy, reference, named):
     with pytest.raises(ValueError, match=rf"{named} rows, but the tokenizer has 23"):
-        check_vocabularies(llama(vocab_size=policy), llama(vocab_size=reference), Tokenizer(size=23))
+        check_vocabularies(Tokenizer(size=23), policy=policy, reference=reference)
 
 
 def test_vocab_size_sees_through_an_adapter():

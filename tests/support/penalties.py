@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from klft import FixedKL, FrozenReference, KLPenalty
+from klft import FixedKL, KLPenalty
 
 COEF = 0.3
 DIRECTIONS, ESTIMATORS, PLACEMENTS = ("reverse", "forward"), ("k1", "k2", "k3", "exact"), ("reward", "loss", "both")
@@ -44,14 +44,31 @@ SILENT = [
 ACCEPTED = SILENT + list(WARNED)
 
 
-class GivenReference(FrozenReference):
-    """A reference whose logits [B, T, V] are known beforehand, for whatever ids."""
+class GivenReference:
+    """A reference by its protocol alone: its logits [B, T, V] are known beforehand, for whatever ids."""
+
+    name, vocab_size, max_positions = "given", 0, None
 
     def __init__(self, logits=None):
-        self.logits = logits
+        self.given = logits
 
-    def __call__(self, input_ids, attention_mask, keep=0):
-        return self.logits[:, -keep:]
+    def logits(self, input_ids, attention_mask, keep=0):
+        return self.given[:, -keep:]
+
+    def hidden(self, input_ids, attention_mask, keep=0):
+        raise TypeError("there are only logits")
+
+    def to(self, device):
+        pass
+
+    def check_independent(self, policy):
+        pass
+
+    def after_step(self, policy):
+        pass
+
+    def state_dict(self):
+        return {}
 
 
 ANY = GivenReference()

@@ -1,7 +1,6 @@
 """Test files that are run as scripts, by processes of their own: what these find, and how accelerate starts them."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +17,17 @@ def environment(**changed: str) -> dict[str, str]:
 
 def launch(script: str, *arguments: Any, processes: int = 2, timeout: float) -> subprocess.CompletedProcess[str]:
     """Runs a script in so many processes on the CPU, as accelerate does; what it said, and how it ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-        "--main_process_port", str(port), script, *map(str, arguments),
+        "--main_process_port", "0", script, *map(str, arguments),
     ]  # fmt: skip
     few = environment(ACCELERATE_USE_CPU="true", KLFT_TEST_THREADS="1", OMP_NUM_THREADS="1")
     return subprocess.run(command, capture_output=True, text=True, env=few, timeout=timeout)
+
+
+def leave() -> None:
+    """The last thing a launched script does: threads of a process group left open may abort an interpreter's end."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

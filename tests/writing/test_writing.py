@@ -40,15 +40,15 @@ def plain_file(folder):
     return folder / "a.bin"
 
 
-def sealed(folder):
+def committed(folder):
     unfinished = folder / "tmp-checkpoint-1"
     unfinished.mkdir(exist_ok=True)
     (unfinished / "weights").write_bytes(b"x")
-    checkpoint.seal(unfinished, folder / "checkpoint-1")
+    checkpoint.commit(unfinished, folder / "checkpoint-1")
     return folder / "checkpoint-1"
 
 
-WRITERS = [records, report, completions, plain_file, sealed]
+WRITERS = [records, report, completions, plain_file, committed]
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
