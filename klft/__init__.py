@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from klft.penalty import KLPenalty
     from klft.ppo import PPOConfig, PPOTrainer
     from klft.references import AdapterReference, FrozenReference
-    from klft.scores import TokenScores
+    from klft.scores import TokenScores, kl_metrics
     from klft.sharding import VocabShard
 
 
@@ -47,6 +47,7 @@ _LAZY = {
     "TokenScores": "klft.scores",
     "VocabShard": "klft.sharding",
     "fused_token_loss": "klft.fused",
+    "kl_metrics": "klft.scores",
     "linear_divergence": "klft.fused",
     "token_scores": "klft.fused",
 }
@@ -54,7 +55,8 @@ _LAZY = {
 __all__ = [
     "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "LMHead", "PIController", "PPOConfig",
     "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence", "entropy", "estimate_kl",
-    "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "jsd", "k1", "k2", "k3", "linear_divergence",
+    "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "jsd", "k1", "k2", "k3", "kl_metrics",
+    "linear_divergence",
     "masked_mean", "masked_sum", "masked_var", "masked_whiten", "renyi_divergence", "reverse_kl", "shape_rewards",
     "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
 ]  # fmt: skip

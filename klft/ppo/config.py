@@ -12,7 +12,8 @@ from transformers import GenerationConfig, TrainingArguments
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, TargetKL
 from klft.estimators import DIRECTIONS
-from klft.penalty import ESTIMATES, PLACEMENTS, check_combination
+from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, check_combination, effective_placement
+from klft.references import Reference
 
 CONTROLLERS = ("fixed", "adaptive", "pi", "target")
 VOCABULARY_SPLITS = ("auto", "tp", "dp", "none")
@@ -232,6 +233,16 @@ class PPOConfig(TrainingArguments):
             "pad_token_id": pad_token_id,
         }
         return GenerationConfig(**(own | extra))
+
+    def penalty(self, reference: Reference) -> KLPenalty:
+        """The penalty against `reference` that the kl_* fields describe."""
+        return KLPenalty(
+            reference,
+            direction=self.kl_direction,
+            estimator=self.kl_estimator,
+            placement=effective_placement(self.kl_estimator, self.kl_placement),
+            controller=self.controller(),
+        )
 
     def controller(self) -> Controller:
         """The controller that the kl_* fields describe."""

@@ -56,6 +56,18 @@ def build_policy_and_reference(
     return policy, resolved or AdapterReference(policy)
 
 
+def require_readable_head(reference: Reference) -> None:
+    """Raise TypeError where a loss of exact KL, which is taken without logits, cannot be had from the reference."""
+    one = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        reference.hidden(one, torch.ones_like(one))
+    except TypeError as error:
+        raise TypeError(
+            f"kl_estimator='exact' takes its loss without logits, and the reference's head cannot be read: {error}. "
+            "kl_estimator='k1' needs no head of the reference"
+        ) from error
+
+
 def attach_value_and_adapter(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
     """Give the policy its value function and, with `peft_config`, its adapter."""
     if value_model is None:

@@ -24,6 +24,9 @@ from klft.generation import Completions
 from klft.models import evaluating
 from klft.ppo.guards import on_all_ranks
 
+RewardFunction = Callable[..., Any]
+"""f(prompts, completions, completion_ids, **columns) -> one number per completion, or an awaitable of that."""
+
 
 class RewardModel:
     """A sequence-classification model as a reward function over text.
@@ -110,7 +113,7 @@ def _whole_text(prompt: Any, completion: Any, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
-def as_reward_functions(reward_funcs: Any) -> list[Callable]:
+def as_reward_functions(reward_funcs: Any) -> list[RewardFunction]:
     """One or several callables, model ids or sequence-classification models -> callables, each with a `__name__`."""
     listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not listed:
@@ -120,6 +123,13 @@ def as_reward_functions(reward_funcs: Any) -> list[Callable]:
         if not callable(f):
             raise TypeError(f"reward_funcs: expected a callable, a model id or a model, got {type(f).__name__}")
     return made
+
+
+def move_reward_models(functions: Sequence[RewardFunction], device: torch.device) -> None:
+    """Reward models to the device that the policy is trained on; other functions see to themselves."""
+    for function in functions:
+        if isinstance(function, RewardModel):
+            function.to(device)
 
 
 def reward_weights(weights: list[float] | None, functions: int) -> Tensor:
@@ -135,7 +145,7 @@ def reward_name(f: Any) -> str:
 
 
 def score_completions_by(
-    functions: Sequence[Callable],
+    functions: Sequence[RewardFunction],
     accelerator: Accelerator,
     rows: list[dict],
     completions: Completions,
@@ -173,7 +183,12 @@ def score_completions_by(
 
 
 def call_reward_functions(
-    functions: Sequence[Callable], prompts: list, completions: list, completion_ids: list, columns: dict, **extra: Any
+    functions: Sequence[RewardFunction],
+    prompts: list,
+    completions: list,
+    completion_ids: list,
+    columns: dict,
+    **extra: Any,
 ) -> Tensor:
     """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number."""
     given = {**columns, **extra, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}

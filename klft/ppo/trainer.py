@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,25 +16,27 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
-from klft.generation import Completions, sample_completions
 from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
 from klft.models import disable_dropout
-from klft.penalty import KLPenalty, TokenKL, effective_placement
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
 from klft.ppo import value as value_function
-from klft.ppo.completions import completion_rows, show_completions
+from klft.ppo.collector import RolloutCollector
+from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
-from klft.ppo.guards import StopOnNonFiniteGradient, check_finite, on_all_ranks
-from klft.ppo.losses import gae, policy_losses, value_losses
-from klft.ppo.metrics import Table, gather_table, loss_metrics, means, rollout_metrics
-from klft.ppo.rewards import RewardModel, as_reward_functions, reward_name, reward_weights, score_completions_by
-from klft.ppo.rollout import Rollout, RolloutStats, forward_with_values, reference_side, score_completions
+from klft.ppo.guards import StopOnNonFiniteGradient
+from klft.ppo.losses import policy_losses, value_losses
+from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
+from klft.ppo.rewards import (
+    as_reward_functions,
+    move_reward_models,
+    reward_name,
+    reward_weights,
+)  # fmt: skip
+from klft.ppo.rollout import Rollout, forward_with_values, reference_side
 from klft.ppo.state import Pending, PPOState
-from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id
 from klft.scoring import Predictions, Scorer
-from klft.shaping import finish_scores, weigh_scores
 
 
 class PPOTrainer(Trainer):
@@ -75,26 +76,23 @@ class PPOTrainer(Trainer):
         model = given.load_policy(model)
         tokenizer = given.load_tokenizer(processing_class, model)
         self.reward_funcs = as_reward_functions(reward_funcs)
-        self._weights = reward_weights(args.reward_weights, len(self.reward_funcs))
         train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args.episodes_per_rollout)
         model, reference = given.build_policy_and_reference(model, reference, value_model, peft_config, tokenizer)
         if args.disable_dropout:
             disable_dropout(model)
-        self.penalty = KLPenalty(
-            reference,
-            direction=args.kl_direction,
-            estimator=args.kl_estimator,
-            placement=effective_placement(args.kl_estimator, args.kl_placement),
-            controller=args.controller(),
-        )
+        self.penalty = args.penalty(reference)
         self.scorer = Scorer(reference, temperature=args.temperature, shard_vocab=args.kl_shard_vocab)
-        self.scorer.policy_head(model)  # a head that cannot be read is refused before anything is trained
+        # A head that cannot be read is refused before anything is trained: the policy's, and for an exact loss both.
+        self.scorer.policy_head(model)
+        self._exact_loss = args.kl_estimator == "exact" and self.penalty.placement != "reward"
+        if self._exact_loss:
+            given.require_readable_head(reference)
         # The adapter's own file holds the value function only if PEFT was told so when the adapter was made.
         self._value_in_own_file = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=list,  # prompts are encoded during the rollout
+            data_collator=list,  # pyright: ignore - prompts are encoded during the rollout
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -106,17 +104,14 @@ class PPOTrainer(Trainer):
         if hasattr(model, "warnings_issued"):
             model.warnings_issued["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
-        for function in self.reward_funcs:
-            if isinstance(function, RewardModel):
-                function.to(self.args.device)
+        move_reward_models(self.reward_funcs, self.args.device)
+        weights = reward_weights(args.reward_weights, len(self.reward_funcs))
+        self._collector = RolloutCollector(
+            args, self.accelerator, self.penalty, self.scorer, self.reward_funcs, weights, tokenizer
+        )
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 
     # ---- the generation cycle --------------------------------------------------------------------------------
-
-    def _reduce(self, t: Tensor) -> Tensor:
-        reduced = self.accelerator.reduce(t, "sum")
-        assert isinstance(reduced, Tensor)
-        return reduced
 
     @property
     def _policy(self) -> nn.Module:
@@ -159,119 +154,16 @@ class PPOTrainer(Trainer):
 
     def _make_rollout(self, model: nn.Module, rows: list[dict]) -> None:
         state = self.ppo
-        rollout, stats, table = self._rollout_of(model, rows, learn=True)
+        rollout, stats, table = self._collector.collect(model, rows, state, self.state, learn=True)
         # 10. Whiten the advantages over all processes. That divides the reward's gradient by their deviation; a KL in
         # the loss is divided alike, or `coef` would mean something else there than in the reward.
-        variance = masked_var(rollout.advantages, rollout.mask, self._reduce)
-        rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._reduce)
+        variance = masked_var(rollout.advantages, rollout.mask, self._collector.reduce)
+        rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._collector.reduce)
         stats.advantage_scale = torch.rsqrt(variance + 1e-8).item()
-        state.cycle.start(rollout, stats, self._reduce)
+        state.cycle.start(rollout, stats, self._collector.reduce)
         state.coef = stats.coef
         state.train.tables.append(table)
         state.episodes += len(table.sequences)
-
-    def _rollout_of(
-        self, model: nn.Module, rows: list[dict], *, learn: bool, keep: slice = slice(None)
-    ) -> tuple[Rollout, RolloutStats, Table]:
-        """What training and evaluation share. The numbers are the steps of the contract, docs/ppo.md."""
-        args, accelerator, penalty = self.args, self.accelerator, self.penalty
-        # 1. - 3. Encode and left-pad the prompts; generate; the completions' mask from their lengths.
-        completions, terminated, texts = on_all_ranks(accelerator, lambda: self._generate(rows))
-        mask = completions.mask
-        # 4. Both models' scores and the values, from the training forward, at the sampling temperature.
-        kl, values, last_values = self._score(model, completions, learn)
-        # 5. Reward functions; 6. weigh, normalise, clip, charge for a missing end.
-        by_function, columns, logged = score_completions_by(
-            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=self.state
-        )
-        (self.ppo.train if learn else self.ppo.evaluation).add_logged(logged)
-        totals = self._total_scores(by_function, terminated, learn)
-        # 7. The score on the last real token, minus coef * KL on every token.
-        rewards = on_all_ranks(accelerator, lambda: penalty.rewards(totals, kl))
-        # 8. Optional whitening, without shifting the mean.
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, self._reduce, shift_mean=False)
-        # 9. Advantages; after a completion that ran out of tokens the next state's value is 0, or bootstrapped.
-        values = torch.where(mask, values, 0.0)
-        final = terminated if args.bootstrap_truncated else torch.ones_like(terminated)
-        last_values = torch.where(final, 0.0, last_values)
-        advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last_values)
-        returns = advantages + values
-        if learn:
-            self._keep_for_readers(rows, completions, texts, kl, totals, rewards, advantages, columns)
-        per_token = {"value": values, "return": returns, "reward": rewards}
-        table = gather_table(accelerator, kl, per_token, totals, terminated, by_function, keep)
-        stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self._reduce))
-        logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
-        rollout = Rollout(
-            **vars(completions), old_logp=logp, behaviour_logp=logp.clone(), ref_logp=ref_logp, kl_weight=kl.weights,
-            values=values, advantages=advantages, returns=returns,
-        )  # fmt: skip
-        return rollout, stats, table
-
-    def _generate(self, rows: list[dict]) -> tuple[Completions, Tensor, list]:
-        """(completions, terminated, completions as the reward functions see them)."""
-        tokenizer: Any = self.processing_class
-        prompts, device = [row["prompt"] for row in rows], self.args.device
-        ids, mask = pad(encode_prompts(tokenizer, prompts, self.args.max_prompt_length), pad_id(tokenizer))
-        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
-        config = self.args.generation_config(eos_ids(self.model, tokenizer), pad_id(tokenizer))
-        vocab_size = self.scorer.shared_vocab(self._policy)
-        completions, terminated = sample_completions(unwrapped, ids.to(device), mask.to(device), config, vocab_size)
-        texts = decode_completions(tokenizer, prompts, completions.completion_ids, completions.mask)
-        return completions, terminated, texts
-
-    def _score(self, model: nn.Module, completions: Completions, learn: bool) -> tuple[TokenKL, Tensor, Tensor]:
-        """(scores of the completions' tokens [B, C] as the penalty measures them, values, values after the last)."""
-        args, tables = self.args, self._tables_due(learn)
-        unwrapped = self.accelerator.unwrap_model(model)
-        self.scorer.top_k = tables.top_k if tables else 0
-        with self.accelerator.autocast():  # as the loss will score them again
-            scores, values, last_values = score_completions(
-                self.scorer, model, unwrapped, completions, args.per_device_train_batch_size
-            )
-        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, completions.mask, args.process_index))
-        return (
-            self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids),
-            values,
-            last_values,
-        )
-
-    def _total_scores(self, by_function: Tensor, terminated: Tensor, learn: bool) -> Tensor:
-        """[B, K] -> [B]: weighted sum, normalised by all scores so far, clipped, less the penalty for no end."""
-        args, moments = self.args, self.ppo.moments
-        totals = weigh_scores(by_function, self._weights.to(by_function))
-        if args.normalize_scores:
-            if learn:
-                moments.learn(totals, self._reduce)
-            totals = moments.normalise(totals)
-        return finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
-
-    def _tables_due(self, learn: bool) -> Any:
-        """Where this rollout's tokens are kept, or None."""
-        tables = self.ppo.tokens
-        return tables if learn and tables and tables.due(self.state.global_step) else None
-
-    def _keep_for_readers(
-        self,
-        rows: list[dict],
-        completions: Completions,
-        texts: list,
-        kl: TokenKL,
-        totals: Tensor,
-        rewards: Tensor,
-        advantages: Tensor,
-        columns: dict[str, list],
-    ) -> None:
-        """Token tables and the table of completions, where they are asked for."""
-        tables = self._tables_due(learn=True)
-        if tables:
-            tables.add(self.state.global_step + 1, completions, kl, rewards, advantages)
-        if self.args.log_completions:
-            exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
-            assert exact is not None
-            sequence_kl = torch.where(kl.mask, exact, 0.0).sum(-1)
-            self.ppo.completions = gather_object(completion_rows(rows, texts, totals, sequence_kl, columns))
 
     # ---- loss --------------------------------------------------------------------------------------------------
 
@@ -283,8 +175,7 @@ class PPOTrainer(Trainer):
         mask, args = micro.mask, self.args
         hidden, values, _ = forward_with_values(model, self.accelerator.unwrap_model(model), micro)
         policy = Predictions(hidden[mask], self.scorer.policy_head(model))
-        exact_loss = self.penalty.estimator == "exact" and self.penalty.placement != "reward"
-        reference = reference_side(self.scorer, micro) if exact_loss else None
+        reference = reference_side(self.scorer, micro) if self._exact_loss else None
         value, value_clipped = value_losses(values, micro.values, micro.returns, args.cliprange_value)
         seen: list[Tensor] = []
         names = ("old_logp", "behaviour_logp", "ref_logp", "kl_weight", "advantages")
@@ -366,7 +257,7 @@ class PPOTrainer(Trainer):
         evaluated = self.ppo.evaluation.tables
         torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(evaluated)) + self._data_rank)
         with torch.no_grad():
-            _, _, table = self._rollout_of(model, inputs, learn=False, keep=slice(keep))
+            _, _, table = self._collector.collect(model, inputs, self.ppo, self.state, learn=False, keep=keep)
         evaluated.append(table)
         return None, None, None
 

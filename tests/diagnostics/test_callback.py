@@ -286,6 +286,40 @@ def test_in_klfts_own_trainer(tmp_path):
     assert all("kl/reverse/mean" in log for log in run.state.log_history if "loss" in log)
 
 
+# --- the policy's greedy continuation, whatever generation_config the model brings along -----------------------------
+
+
+def greedy(model, ids, shared, most=6):
+    """The likeliest shared id, one after the other, up to the first end."""
+    said = []
+    while len(said) < most and (not said or said[-1] != tiny.EOS):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + said])).logits[0, -1, :shared]
+        said.append(int(logits.argmax()))
+    return said
+
+
+OWN = [
+    {"repetition_penalty": 9.0}, {"suppress_tokens": list(range(3, 25))}, {"no_repeat_ngram_size": 1},
+    {"forced_eos_token_id": tiny.EOS}, {"min_new_tokens": 6}, {"bad_words_ids": [[i] for i in range(3, 25)]},
+    {"num_beams": 3, "length_penalty": -9.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN, ids=lambda own: next(iter(own)))
+def test_the_models_own_generation_config_has_no_say(own, tmp_path):
+    model = tiny.llama(7, vocab_size=40, attention_dropout=0.0)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    kept = copy.deepcopy(model.generation_config)
+    expected = {i: greedy(model.eval(), PROMPTS[i], shared=32) for i in PROMPTS}
+    watched(tmp_path, tiny.llama(5), PROBES[:3], model=model, max_steps=1, learning_rate=0.0)
+    rows = sequences(read_records(tmp_path)[0], 1)
+    said = {i: [r["token_id"] for r in rows[i] if not r["is_prompt"]] for i in rows}
+    assert said == expected
+    assert model.generation_config.to_dict() == kept.to_dict()
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

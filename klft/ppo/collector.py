@@ -1,0 +1,141 @@
+"""Makes rollouts: generate, score by both models, call the reward functions, shape rewards, estimate advantages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from klft.generation import Completions, sample_completions
+from klft.masked import masked_whiten
+from klft.penalty import KLPenalty, TokenKL
+from klft.ppo.completions import completion_rows
+from klft.ppo.config import PPOConfig
+from klft.ppo.guards import check_finite, on_all_ranks
+from klft.ppo.losses import gae
+from klft.ppo.metrics import Table, gather_table
+from klft.ppo.rewards import RewardFunction, score_completions_by
+from klft.ppo.rollout import Rollout, RolloutStats, score_completions
+from klft.ppo.state import PPOState
+from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id
+from klft.scoring import Scorer
+from klft.shaping import finish_scores, weigh_scores
+
+
+@dataclass
+class RolloutCollector:
+    """What training and evaluation share. All fields are fixed; what changes is handed to `collect`."""
+
+    args: PPOConfig
+    accelerator: Accelerator
+    penalty: KLPenalty
+    scorer: Scorer
+    reward_funcs: list[RewardFunction]
+    weights: Tensor  # [K], one per reward function
+    tokenizer: PreTrainedTokenizerBase
+
+    def reduce(self, t: Tensor) -> Tensor:
+        """Sum over processes."""
+        reduced = self.accelerator.reduce(t, "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def collect(
+        self,
+        model: nn.Module,
+        rows: list[dict],
+        state: PPOState,
+        trainer_state: TrainerState,
+        *,
+        learn: bool,
+        keep: int | None = None,
+    ) -> tuple[Rollout, RolloutStats, Table]:
+        """One rollout of this process's prompts; its advantages are not whitened yet.
+
+        Args:
+            model: the policy as the trainer wraps it.
+            learn: in training; then score moments are updated, and tables for readers kept.
+            keep: count only the first so many rows; the others repeat samples to fill a batch.
+        """
+        args, accelerator, penalty = self.args, self.accelerator, self.penalty
+        # 1. - 3. Encode and left-pad the prompts; generate; the completions' mask from their lengths.
+        completions, terminated, texts = on_all_ranks(accelerator, lambda: self._generate(model, rows))
+        mask = completions.mask
+        # 4. Both models' scores and the values, from the training forward, at the sampling temperature.
+        tables = state.tokens if learn and state.tokens and state.tokens.due(trainer_state.global_step) else None
+        kl, values, last_values = self._score(model, completions, top_k=tables.top_k if tables else 0)
+        # 5. Reward functions.
+        by_function, columns, logged = score_completions_by(
+            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=trainer_state
+        )
+        (state.train if learn else state.evaluation).add_logged(logged)
+        # 6. Weigh, normalise, clip, charge for a missing end.
+        totals = self._total_scores(by_function, terminated, state, learn)
+        # 7. The score on the last real token, minus coef * KL on every token.
+        rewards = on_all_ranks(accelerator, lambda: penalty.rewards(totals, kl))
+        # 8. Optional whitening, without shifting the mean.
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, self.reduce, shift_mean=False)
+        # 9. Advantages. After a completion that ran out of tokens the next state's value is 0, or bootstrapped.
+        values = torch.where(mask, values, 0.0)
+        final = terminated if args.bootstrap_truncated else torch.ones_like(terminated)
+        last_values = torch.where(final, 0.0, last_values)
+        advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last_values)
+        returns = advantages + values
+        if tables:
+            tables.add(trainer_state.global_step + 1, completions, kl, rewards, advantages)
+        if learn and args.log_completions:
+            state.completions = self._completion_rows(rows, texts, totals, kl, columns)
+        per_token = {"value": values, "return": returns, "reward": rewards}
+        table = gather_table(accelerator, kl, per_token, totals, terminated, by_function, slice(keep))
+        stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self.reduce))
+        logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
+        rollout = Rollout(
+            **vars(completions), old_logp=logp, behaviour_logp=logp.clone(), ref_logp=ref_logp, kl_weight=kl.weights,
+            values=values, advantages=advantages, returns=returns,
+        )  # fmt: skip
+        return rollout, stats, table
+
+    def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list]:
+        """(completions, terminated [B], completions as the reward functions see them)."""
+        prompts, device, tokenizer = [row["prompt"] for row in rows], self.accelerator.device, self.tokenizer
+        ids, mask = pad(encode_prompts(tokenizer, prompts, self.args.max_prompt_length), pad_id(tokenizer))
+        policy = self.accelerator.unwrap_model(model)
+        config = self.args.generation_config(eos_ids(policy, tokenizer), pad_id(tokenizer))
+        vocab_size = self.scorer.shared_vocab(policy)
+        completions, terminated = sample_completions(policy, ids.to(device), mask.to(device), config, vocab_size)
+        texts = decode_completions(tokenizer, prompts, completions.completion_ids, completions.mask)
+        return completions, terminated, texts
+
+    def _score(self, model: nn.Module, completions: Completions, *, top_k: int) -> tuple[TokenKL, Tensor, Tensor]:
+        """(KL of the completions' tokens [B, C], values [B, C], value after the last token [B])."""
+        self.scorer.top_k = top_k
+        policy, size = self.accelerator.unwrap_model(model), self.args.per_device_train_batch_size
+        with self.accelerator.autocast():  # as the loss will score them again
+            scores, values, last_values = score_completions(self.scorer, model, policy, completions, size)
+        rank = self.accelerator.process_index
+        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, completions.mask, rank))
+        kl = self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids)
+        return kl, values, last_values
+
+    def _total_scores(self, by_function: Tensor, terminated: Tensor, state: PPOState, learn: bool) -> Tensor:
+        """[B, K] -> [B]."""
+        args = self.args
+        totals = weigh_scores(by_function, self.weights.to(by_function))
+        if args.normalize_scores:
+            if learn:
+                state.moments.learn(totals, self.reduce)
+            totals = state.moments.normalise(totals)
+        return finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
+
+    def _completion_rows(
+        self, rows: list[dict], texts: list, totals: Tensor, kl: TokenKL, columns: dict[str, list]
+    ) -> list[dict[str, Any]]:
+        """The table of completions of all processes, on the main one."""
+        exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
+        assert exact is not None
+        sequence_kl = torch.where(kl.mask, exact, 0.0).sum(-1)
+        return gather_object(completion_rows(rows, texts, totals, sequence_kl, columns))
