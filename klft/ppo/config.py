@@ -4,8 +4,9 @@ import dataclasses
 import json
 import math
 import os
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, TrainingArguments
@@ -14,54 +15,127 @@ from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, Targ
 from klft.estimators import DIRECTIONS
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, check_combination, effective_placement
 from klft.references import Reference
+from klft.scoring import SHARDINGS
 
 CONTROLLERS = ("fixed", "adaptive", "pi", "target")
-VOCABULARY_SPLITS = ("auto", "tp", "dp", "none")
 
-# What every number must satisfy: name -> (lower bound, inclusive?, upper bound, inclusive?)
-_BOUNDS: dict[str, tuple[float, bool, float, bool]] = {
-    "total_episodes": (1, True, math.inf, False),
-    "num_ppo_epochs": (1, True, math.inf, False),
-    "num_mini_batches": (1, True, math.inf, False),
-    "max_prompt_length": (1, True, math.inf, False),
-    "max_completion_length": (1, True, math.inf, False),
-    "temperature": (1e-3, True, math.inf, False),
-    "top_p": (0, False, 1, True),
-    "top_k": (0, True, math.inf, False),
-    "kl_coef": (0, True, math.inf, False),
-    "kl_target": (0, False, math.inf, False),
-    "kl_horizon": (1, True, math.inf, False),
-    "target_kl": (0, False, math.inf, False),
-    "cliprange": (0, False, math.inf, False),
-    "cliprange_value": (0, False, math.inf, False),
-    "dual_clip": (1, False, math.inf, False),
-    "vf_coef": (0, True, math.inf, False),
-    "gamma": (0, True, 1, True),
-    "lam": (0, True, 1, True),
-    "reward_clip": (0, False, math.inf, False),
-    "missing_eos_penalty": (0, True, math.inf, False),
-    "num_completions_to_print": (0, True, math.inf, False),
-    "kl_log_tokens": (0, True, math.inf, False),
-    # The Trainer's own, which it takes as they come.
-    "per_device_train_batch_size": (1, True, math.inf, False),
-    "per_device_eval_batch_size": (1, True, math.inf, False),
-    "gradient_accumulation_steps": (1, True, math.inf, False),
-    "max_steps": (-1, True, math.inf, False),
-    "num_train_epochs": (0, False, math.inf, False),
-    "max_grad_norm": (0, True, math.inf, False),
-    "weight_decay": (0, True, math.inf, False),
-    "save_steps": (0, False, math.inf, False),
-    "logging_steps": (0, False, math.inf, False),
-    "seed": (0, True, math.inf, False),
-    "learning_rate": (0, True, math.inf, False),
-    "adam_epsilon": (0, True, math.inf, False),
-}
-_CHOICES = {
-    "kl_estimator": ESTIMATES,
-    "kl_direction": DIRECTIONS,
-    "kl_placement": PLACEMENTS,
-    "kl_controller": CONTROLLERS,
-    "kl_shard_vocab": VOCABULARY_SPLITS,
+Validator = Callable[[Any], str | None]
+"""What is wrong with a value, to follow the field's name ("must be ..., got ..."), or None."""
+
+
+def number(
+    *, least: float | None = None, above: float | None = None, most: float = math.inf, whole: bool = False,
+    optional: bool = False,
+) -> Validator:  # fmt: skip
+    """A finite number >= `least` or > `above`, and <= `most`; `optional`: or None."""
+
+    def validate(value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            return f"must be {'a whole number' if whole else 'a number'}, got {value!r}"
+        over = value > above if above is not None else value >= (least or 0)
+        if over and math.isfinite(value) and value <= most:
+            return None
+        lower = f"> {above}" if above is not None else f">= {least or 0}"
+        upper = "" if most == math.inf else f" and <= {most}"
+        return f"must be finite and {lower}{upper}, got {value!r}"
+
+    return validate
+
+
+def choice(*known: str) -> Validator:
+    """One of some names."""
+    return lambda value: None if value in known else f"must be one of {', '.join(known)}, got {value!r}"
+
+
+def boolean(value: Any) -> str | None:
+    """True or False, and not a number that could pass for it."""
+    return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
+
+
+def finite_numbers(value: Any) -> str | None:
+    """None, or a list of finite numbers."""
+    numbers = isinstance(value, list) and all(number(least=-math.inf)(each) is None for each in value)
+    return None if value is None or numbers else f"must be a list of finite numbers, got {value!r}"
+
+
+def generation_settings(value: Any) -> str | None:
+    """None, a dict of GenerationConfig's fields that PPO leaves open, or one in JSON."""
+    if value is None:
+        return None
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        return f"must be a dict, or one in JSON, got {value!r}"
+    problems = [why for why in map(_unfit_for_generation, given) if why]
+    return f"cannot be used: {'; '.join(problems)}" if problems else None
+
+
+def _unfit_for_generation(name: str) -> str | None:
+    if name in ("temperature", "top_p", "top_k"):
+        return f"{name} is a field of its own"
+    if name in ("max_new_tokens", "max_length"):
+        return f"{name} is max_completion_length here"
+    if name in ("do_sample", "num_beams", "num_return_sequences", "eos_token_id", "pad_token_id"):
+        return f"{name} cannot be changed: PPO samples one completion per prompt, until a known end"
+    return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
+
+
+_COUNT, _POSITIVE = number(least=1, whole=True), number(above=0)
+# TrlParser lets wrong types, NaN and unknown choices through, and the Trainer takes its own fields as they come.
+VALIDATORS: dict[str, Validator] = {
+    "total_episodes": number(least=1, whole=True, optional=True),
+    "num_ppo_epochs": _COUNT,
+    "num_mini_batches": _COUNT,
+    "max_prompt_length": number(least=1, whole=True, optional=True),
+    "max_completion_length": _COUNT,
+    "temperature": number(least=1e-3),
+    "top_p": number(above=0, most=1),
+    "top_k": number(whole=True),
+    "generation_kwargs": generation_settings,
+    "kl_coef": number(),
+    "kl_estimator": choice(*ESTIMATES),
+    "kl_direction": choice(*DIRECTIONS),
+    "kl_placement": choice(*PLACEMENTS),
+    "kl_controller": choice(*CONTROLLERS),
+    "kl_shard_vocab": choice(*SHARDINGS),
+    "kl_target": number(above=0, optional=True),
+    "kl_horizon": _COUNT,
+    "target_kl": number(above=0, optional=True),
+    "cliprange": _POSITIVE,
+    "cliprange_value": _POSITIVE,
+    "dual_clip": number(above=1, optional=True),
+    "vf_coef": number(),
+    "gamma": number(most=1),
+    "lam": number(most=1),
+    "whiten_rewards": boolean,
+    "reward_weights": finite_numbers,
+    "normalize_scores": boolean,
+    "reward_clip": number(above=0, optional=True),
+    "missing_eos_penalty": number(optional=True),
+    "bootstrap_truncated": boolean,
+    "disable_dropout": boolean,
+    "log_completions": boolean,
+    "num_completions_to_print": number(whole=True),
+    "kl_log_tokens": number(whole=True),
+    # The Trainer's own.
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "max_steps": number(least=-1, whole=True),
+    "num_train_epochs": _POSITIVE,
+    "max_grad_norm": number(),
+    "weight_decay": number(),
+    "save_steps": _POSITIVE,
+    "logging_steps": _POSITIVE,
+    "seed": number(whole=True),
+    "learning_rate": number(),
+    "adam_epsilon": number(),
+    "logging_nan_inf_filter": boolean,
+    "remove_unused_columns": boolean,
 }
 
 
@@ -103,8 +177,8 @@ class PPOConfig(TrainingArguments):
     kl_shard_vocab: str = field(
         default="auto",
         metadata={
-            "help": "Who computes which rows of the vocabulary. auto: as the head lies; tp: its rows, as tensor "
-            "parallelism laid them; dp: data-parallel processes share them and swap hidden states; none: everyone all."
+            "help": "Vocabulary sharding. auto: follow the head's placement; tp: use the TP shards; dp: shard over "
+            "data-parallel ranks, all-gather hidden states; none: replicated."
         },
     )
     target_kl: float | None = field(
@@ -146,7 +220,8 @@ class PPOConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward functions."})
 
     def __post_init__(self):
-        problems = [p for f in dataclasses.fields(PPOConfig) for p in _problem(f, getattr(self, f.name))]
+        found = {name: validate(getattr(self, name)) for name, validate in VALIDATORS.items()}
+        problems = [f"{name} {why}" for name, why in found.items() if why]
         problems += self._contradictions() if not problems else []
         if problems:
             raise ValueError("PPOConfig: " + "; ".join(problems))
@@ -252,46 +327,3 @@ class PPOConfig(TrainingArguments):
         if self.kl_controller == "adaptive":
             return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_horizon)
         return {"pi": PIController, "target": TargetKL}[self.kl_controller](self.kl_coef, self.kl_target)
-
-
-def _unfit_for_generation(name: str) -> str | None:
-    if name in ("temperature", "top_p", "top_k"):
-        return f"{name} is a field of its own"
-    if name in ("max_new_tokens", "max_length"):
-        return f"{name} is max_completion_length here"
-    if name in ("do_sample", "num_beams", "num_return_sequences", "eos_token_id", "pad_token_id"):
-        return f"{name} cannot be changed: PPO samples one completion per prompt, until a known end"
-    return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
-
-
-def _problem(f: dataclasses.Field, value: typing.Any) -> list[str]:
-    """What is wrong with one of our own fields; TrlParser lets wrong types, NaN and unknown choices through."""
-    if f.name in _CHOICES and value not in _CHOICES[f.name]:
-        return [f"{f.name} must be one of {', '.join(_CHOICES[f.name])}, got {value!r}"]
-    if f.name in _BOUNDS:
-        if value is None and f.default is None:
-            return []
-        whole = f.type in (int, int | None, "int", "int | None")
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            return [f"{f.name} must be {'a whole number' if whole else 'a number'}, got {value!r}"]
-        low, low_in, high, high_in = _BOUNDS[f.name]
-        inside = (value >= low if low_in else value > low) and (value <= high if high_in else value < high)
-        if not inside:
-            upper = "" if high == math.inf else f" and {'<=' if high_in else '<'} {high}"
-            return [f"{f.name} must be finite and {'>=' if low_in else '>'} {low}{upper}, got {value!r}"]
-    if f.type is bool and f.name in PPOConfig.__annotations__ and not isinstance(value, bool):
-        return [f"{f.name} must be true or false, got {value!r}"]
-    if f.name == "generation_kwargs" and value is not None:
-        try:
-            given = json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError:
-            given = None
-        if not isinstance(given, dict):
-            return [f"generation_kwargs must be a dict, or one in JSON, got {value!r}"]
-        return [f"generation_kwargs: {why}" for why in map(_unfit_for_generation, given) if why]
-    if f.name == "reward_weights" and value is not None:
-        numbers = isinstance(value, list) and all(
-            isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) for w in value
-        )
-        return [] if numbers else [f"reward_weights must be a list of finite numbers, got {value!r}"]
-    return []
