@@ -5,64 +5,73 @@ loss with the right gradient. All values in nats, one per token. Arguments come 
 
 Shapes: B batch, T tokens, N = B*T flattened, V vocabulary, D hidden.
 
-`import klft` loads torch and nothing heavier; what needs torch.distributed or transformers loads on first use.
+`import klft` loads nothing heavy; each name loads what it needs on first use.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from klft._version import __version__  # noqa: F401
-from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
-from klft.divergences import (
-    alpha_divergence,
-    entropy,
-    forward_kl,
-    jsd,
-    renyi_divergence,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-)
-from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
-from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
-from klft.shaping import shape_rewards
+from klft._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
+    from klft.divergences import (
+        alpha_divergence,
+        entropy,
+        forward_kl,
+        jsd,
+        renyi_divergence,
+        reverse_kl,
+        skew_kl,
+        skew_reverse_kl,
+    )
+    from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
     from klft.fused import fused_token_loss, linear_divergence, token_scores
     from klft.heads import LMHead
+    from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
+    from klft.models import causal_inputs, hidden_states
     from klft.penalty import KLPenalty
     from klft.ppo import PPOConfig, PPOTrainer
-    from klft.references import AdapterReference, FrozenReference
-    from klft.scores import TokenScores, kl_metrics
+    from klft.references import AdapterReference, FrozenReference, resolve_reference
+    from klft.scores import TokenScores, kl_metrics, score_logits
+    from klft.shaping import shape_rewards
     from klft.sharding import VocabShard
 
-
-_LAZY = {
-    "AdapterReference": "klft.references",
-    "FrozenReference": "klft.references",
-    "KLPenalty": "klft.penalty",
-    "LMHead": "klft.heads",
-    "PPOConfig": "klft.ppo",
-    "PPOTrainer": "klft.ppo",
-    "TokenScores": "klft.scores",
-    "VocabShard": "klft.sharding",
-    "fused_token_loss": "klft.fused",
-    "kl_metrics": "klft.scores",
-    "linear_divergence": "klft.fused",
-    "token_scores": "klft.fused",
-}
+_NAMES = {
+    "klft.controllers": ("AdaptiveKL", "FixedKL", "PIController", "ScheduledKL", "TargetKL"),
+    "klft.divergences": (
+        "alpha_divergence", "entropy", "forward_kl", "jsd", "renyi_divergence", "reverse_kl", "skew_kl",
+        "skew_reverse_kl",
+    ),
+    "klft.estimators": ("estimate_kl", "forward_k1", "forward_k3", "k1", "k2", "k3", "top_k_kl"),
+    "klft.fused": ("fused_token_loss", "linear_divergence", "token_scores"),
+    "klft.heads": ("LMHead",),
+    "klft.masked": ("masked_mean", "masked_sum", "masked_var", "masked_whiten", "token_logps"),
+    "klft.models": ("causal_inputs", "hidden_states"),
+    "klft.penalty": ("KLPenalty",),
+    "klft.ppo": ("PPOConfig", "PPOTrainer"),
+    "klft.references": ("AdapterReference", "FrozenReference", "resolve_reference"),
+    "klft.scores": ("TokenScores", "kl_metrics", "score_logits"),
+    "klft.shaping": ("shape_rewards",),
+    "klft.sharding": ("VocabShard",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "LMHead", "PIController", "PPOConfig",
-    "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence", "entropy", "estimate_kl",
-    "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "jsd", "k1", "k2", "k3", "kl_metrics",
-    "linear_divergence",
-    "masked_mean", "masked_sum", "masked_var", "masked_whiten", "renyi_divergence", "reverse_kl", "shape_rewards",
-    "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
+    "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "LMHead", "PIController",
+    "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence",
+    "causal_inputs", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss",
+    "hidden_states", "jsd", "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum",
+    "masked_var", "masked_whiten", "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits",
+    "shape_rewards", "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'klft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

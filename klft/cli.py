@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from klft._deprecated import moved
 from klft.arguments import check_writable, one_line_errors
 
 # --- klft report, klft diff ------------------------------------------------------------------------------------------
@@ -120,6 +121,8 @@ def main() -> None:
         sys.exit(2 if usage else 1)
     sys.exit(code)
 
+
+__getattr__ = moved(__name__, dict.fromkeys(("check_yaml", "fits", "hints", "parse_arguments"), "klft.arguments"))
 
 if __name__ == "__main__":
     main()

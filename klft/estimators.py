@@ -15,6 +15,7 @@ Source: Schulman 2020, "Approximating KL divergence"; the gradients: arXiv 2506.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -78,26 +79,26 @@ ESTIMATORS = {
 }
 
 
-def _estimator(direction: str, value: str):
+def _estimator(direction: str, estimator: str) -> Callable[[Tensor, Tensor], Tensor]:
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}: choose one of {', '.join(DIRECTIONS)}")
-    if (direction, value) not in ESTIMATORS:
-        known = [v for d, v in ESTIMATORS if d == direction]
-        raise ValueError(f"no estimator {value!r} of the {direction} KL: choose one of {', '.join(known)}")
-    return ESTIMATORS[direction, value]
+    if (direction, estimator) not in ESTIMATORS:
+        known = [name for d, name in ESTIMATORS if d == direction]
+        raise ValueError(f"no estimator {estimator!r} of the {direction} KL: choose one of {', '.join(known)}")
+    return ESTIMATORS[direction, estimator]
 
 
-def _warn_wrong_gradient(direction: str, value: str, weighted: bool) -> None:
+def _warn_wrong_gradient(direction: str, estimator: str, weighted: bool) -> None:
     gives = {
         ("reverse", "k1", False): "zero in expectation",
         ("reverse", "k3", False): "the forward KL's",
         ("reverse", "k2", True): "that of E[k2]",
         ("forward", "k1", False): "not that of any KL",
         ("forward", "k3", False): "not that of any KL",
-    }.get((direction, value, weighted))
+    }.get((direction, estimator, weighted))
     if gives:
         warnings.warn(
-            f"estimate_kl(direction={direction!r}, value={value!r}, gradient='autograd'"
+            f"estimate_kl(direction={direction!r}, estimator={estimator!r}, gradient='autograd'"
             f"{', behaviour_logp=...' if weighted else ''}): the gradient is {gives}, not the {direction} KL's. "
             "Use gradient='unbiased'.",
             stacklevel=3,
@@ -109,32 +110,38 @@ def estimate_kl(
     ref_logp: Float[Tensor, "*B"],
     *,
     direction: str = "reverse",
-    value: str = "k1",
+    estimator: str = "k1",
     gradient: str = "none",
     behaviour_logp: Float[Tensor, "*B"] | None = None,
+    value: str | None = None,
 ) -> Float[Tensor, "*B"]:
     """A KL estimate per token whose value and whose gradient are chosen separately. Nats.
 
     Args:
         direction: "reverse" = KL(p||q) or "forward" = KL(q||p).
-        value: "k1", "k2" (reverse only) or "k3".
+        estimator: of the value: "k1", "k2" (reverse only) or "k3".
         gradient: "none": detached, for rewards. "unbiased": that direction's true gradient in expectation, per sample
             l*s (reverse) or (1 - r)*s (forward). "autograd": whatever differentiating the formula gives; warns where
             that is not the direction's own.
         behaviour_logp: log-probability under the policy that sampled the tokens, if that was not `logp`'s. Value and
             gradient are then weighted by rho = p / behaviour and keep their expectations.
 
+        value: the old name of `estimator`, deprecated.
+
     Raises ValueError for an unknown name. The reference never receives a gradient.
     """
-    estimator = _estimator(direction, value)
+    if value is not None:
+        warnings.warn("estimate_kl(value=...) is deprecated: use estimator=...", DeprecationWarning, stacklevel=2)
+        estimator = value
+    estimate_of = _estimator(direction, estimator)
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: choose one of {', '.join(GRADIENTS)}")
     ref_logp = ref_logp.detach()
     rho = torch.ones_like(logp) if behaviour_logp is None else (logp - behaviour_logp.detach()).exp()
     if gradient == "autograd":
-        _warn_wrong_gradient(direction, value, behaviour_logp is not None)
-        return rho * estimator(logp, ref_logp) if behaviour_logp is not None else estimator(logp, ref_logp)
-    estimate = (rho * estimator(logp, ref_logp)).detach()
+        _warn_wrong_gradient(direction, estimator, behaviour_logp is not None)
+        return rho * estimate_of(logp, ref_logp) if behaviour_logp is not None else estimate_of(logp, ref_logp)
+    estimate = (rho * estimate_of(logp, ref_logp)).detach()
     if gradient == "none":
         return estimate
     # grad k2 = l*s and grad k3 = (1 - r)*s are the per-sample gradients wanted; rho is a weight here, not a path.

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from klft._deprecated import moved
 from klft.models import base_of
 from klft.parallel import placed
 from klft.sharding import VocabShard
@@ -199,3 +200,6 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
 
 
 # ---- hidden states --------------------------------------------------------------------------------------------------
+
+
+__getattr__ = moved(__name__, {"hidden_states": "klft.models"})

@@ -314,7 +314,12 @@ class KLPenalty:
             rho = 1.0 if behaviour is None else (logp - behaviour).detach().exp()
             return rho * k3(logp, ref_logp)
         return estimate_kl(
-            logp, ref_logp, direction=self.direction, value=self.estimator, gradient=gradient, behaviour_logp=behaviour
+            logp,
+            ref_logp,
+            direction=self.direction,
+            estimator=self.estimator,
+            gradient=gradient,
+            behaviour_logp=behaviour,
         )
 
     def reward_kl(self, kl: TokenKL) -> Float[Tensor, "B T"]:

@@ -1,10 +1,11 @@
-"""Scored texts as a table."""
+"""Scored texts as a table; and the names of klft 0.1, see klft.scoring, klft.prompts and klft.models."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 
+from klft._deprecated import moved
 from klft.diagnostics.records import SCHEMA, records_table
 from klft.scoring import ScoredTexts
 
@@ -16,3 +17,11 @@ def scored_table(batches: Iterable[ScoredTexts], tokenizer: Any) -> pa.Table:
         for b in batches
     ]
     return pa.concat_tables(parts or [SCHEMA.empty_table()])
+
+
+__getattr__ = moved(
+    __name__,
+    dict.fromkeys(("Encoded", "encode_prompt", "encode_texts"), "klft.prompts")
+    | {"score_texts": "klft.scoring", "as_reference": "klft.references:resolve_reference"}
+    | dict.fromkeys(("check_positions", "check_tokenizers"), "klft.models"),
+)

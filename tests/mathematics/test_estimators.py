@@ -253,7 +253,9 @@ def quietly(fn):
 @pytest.mark.parametrize("gradient", ["none", "unbiased", "autograd"])
 def test_estimate_kl_value(direction, value, behaviour, gradient, seed):
     theta, ref, sampler, given = setting(behaviour, seed)
-    fn = quietly(lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, value=value, gradient=gradient))
+    fn = quietly(
+        lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, estimator=value, gradient=gradient)
+    )
     mean, _ = oracles.expected(fn, theta, sampler)
     if value == "k2":
         truth, _ = oracles.expected(on_token(oracles.k2, ref), theta, theta)
@@ -267,7 +269,7 @@ def test_estimate_kl_value(direction, value, behaviour, gradient, seed):
 @every_seed
 def test_estimate_kl_unbiased_gradient(direction, value, behaviour, seed):
     theta, ref, sampler, given = setting(behaviour, seed)
-    fn = lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, value=value, gradient="unbiased")
+    fn = lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, estimator=value, gradient="unbiased")
     _, gradient = oracles.expected(fn, theta, sampler)
     close(gradient, oracles.value_and_gradient(getattr(oracles, f"{direction}_kl"), theta, ref)[1])
     log_ratio = torch.log_softmax(theta, -1) - torch.log_softmax(ref, -1)
@@ -282,9 +284,9 @@ def test_estimate_kl_none_is_detached(direction, value, behaviour):
     theta, ref, _, given = setting(behaviour, 0)
     ids = torch.arange(7)
     rows = theta.repeat(7, 1).requires_grad_()
-    result = estimate(rows, ids, ref, given, direction=direction, value=value)
+    result = estimate(rows, ids, ref, given, direction=direction, estimator=value)
     assert not result.requires_grad
-    assert torch.equal(result, estimate(rows, ids, ref, given, direction=direction, value=value, gradient="none"))
+    assert torch.equal(result, estimate(rows, ids, ref, given, direction=direction, estimator=value, gradient="none"))
 
 
 @every_value
@@ -292,7 +294,7 @@ def test_estimate_kl_none_is_detached(direction, value, behaviour):
 @every_seed
 def test_autograd_warns_exactly_where_its_gradient_is_wrong(direction, value, behaviour, seed):
     theta, ref, sampler, given = setting(behaviour, seed)
-    fn = lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, value=value, gradient="autograd")
+    fn = lambda rows, ids: estimate(rows, ids, ref, given, direction=direction, estimator=value, gradient="autograd")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, gradient = oracles.expected(fn, theta, sampler)
@@ -310,7 +312,7 @@ def test_autograd_warns_exactly_where_its_gradient_is_wrong(direction, value, be
 def test_autograd_differentiates_the_formula(direction, value):
     theta, ref, _ = oracles.one_position()
     name = value if direction == "reverse" else f"forward_{value}"
-    fn = quietly(lambda rows, ids: estimate(rows, ids, ref, direction=direction, value=value, gradient="autograd"))
+    fn = quietly(lambda rows, ids: estimate(rows, ids, ref, direction=direction, estimator=value, gradient="autograd"))
     ours = oracles.every_token(fn, theta)
     plain = oracles.every_token(on_token(getattr(oracles, name), ref), theta)
     close(ours[0], plain[0])
@@ -321,7 +323,7 @@ def test_autograd_differentiates_the_formula(direction, value):
 @pytest.mark.parametrize("gradient", ["unbiased", "autograd"])
 def test_neither_reference_nor_behaviour_gets_a_gradient(direction, value, gradient):
     logp, ref_logp, behaviour = ((-torch.rand(5, dtype=torch.float64)).requires_grad_() for _ in range(3))
-    how = {"direction": direction, "value": value, "gradient": gradient}
+    how = {"direction": direction, "estimator": value, "gradient": gradient}
     quietly(lambda: klft.estimate_kl(logp, ref_logp, behaviour_logp=behaviour, **how).sum().backward())()
     assert ref_logp.grad is None
     assert behaviour.grad is None
@@ -339,8 +341,8 @@ def test_the_default_is_k1_detached():
     ("how", "named", "choices"),
     [
         ({"direction": "backward"}, "backward", ["reverse", "forward"]),
-        ({"value": "k4"}, "k4", ["k1", "k2", "k3"]),
-        ({"direction": "forward", "value": "k2"}, "k2", ["k1", "k3"]),
+        ({"estimator": "k4"}, "k4", ["k1", "k2", "k3"]),
+        ({"direction": "forward", "estimator": "k2"}, "k2", ["k1", "k3"]),
         ({"gradient": "yes"}, "yes", ["none", "unbiased", "autograd"]),
     ],
 )

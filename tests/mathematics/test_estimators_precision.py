@@ -60,7 +60,7 @@ def test_nothing_is_clamped():
     assert klft.k1(low, zero).item() == -200
     assert klft.k2(low, zero).item() == 20_000
     assert klft.k3(high, zero).item() == 199
-    assert klft.estimate_kl(low, zero, value="k3").item() == INF
+    assert klft.estimate_kl(low, zero, estimator="k3").item() == INF
     assert klft.k3(torch.tensor([-80.0]), zero).item() == pytest.approx(math.exp(80), rel=1e-5)
     assert klft.forward_k3(low, zero).item() == INF
     assert klft.forward_k1(low, zero).item() == INF

@@ -55,10 +55,10 @@ PLACEMENTS = {
     "k1 reward": lambda t, ref: in_reward(t, klft.k1(logps(t), logps(ref))),
     "k2 loss": lambda t, ref: as_loss(klft.k2(logps(t), logps(ref))),
     "rho k3 loss": lambda t, ref: as_loss(
-        estimate(t, ref, value="k3", gradient="autograd", behaviour_logp=logps(t).detach())
+        estimate(t, ref, estimator="k3", gradient="autograd", behaviour_logp=logps(t).detach())
     ),
-    "unbiased k1 loss": lambda t, ref: as_loss(estimate(t, ref, value="k1", gradient="unbiased")),
-    "unbiased k3 loss": lambda t, ref: as_loss(estimate(t, ref, value="k3", gradient="unbiased")),
+    "unbiased k1 loss": lambda t, ref: as_loss(estimate(t, ref, estimator="k1", gradient="unbiased")),
+    "unbiased k3 loss": lambda t, ref: as_loss(estimate(t, ref, estimator="k3", gradient="unbiased")),
     "exact loss": lambda t, ref: as_loss(exact(t, ref)),
     "top-1 loss": lambda t, ref: as_loss(
         klft.top_k_kl(oracles.sequence_logits(t), oracles.sequence_logits(ref).expand(27, -1, -1), oracles.SEQUENCES, 1)
@@ -66,7 +66,7 @@ PLACEMENTS = {
     "k3 loss": lambda t, ref: as_loss(klft.k3(logps(t), logps(ref))),
     "exact forward loss": lambda t, ref: as_loss(exact(t, ref, klft.forward_kl)),
     "unbiased forward loss": lambda t, ref: as_loss(
-        estimate(t, ref, direction="forward", value="k3", gradient="unbiased")
+        estimate(t, ref, direction="forward", estimator="k3", gradient="unbiased")
     ),
     "k3 reward": lambda t, ref: in_reward(t, klft.k3(logps(t), logps(ref))),
     "exact reward": lambda t, ref: in_reward(t, exact(t, ref)),
