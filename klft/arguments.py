@@ -90,9 +90,9 @@ def check_yaml(path: Path, fields: dict[str, Any]) -> None:
 def _check_env(path: Path, line: int, env: Any) -> None:
     if not isinstance(env, dict):
         raise ValueError(f"{path}:{line}: env must hold `NAME: value` lines, got {env!r}")
-    bad = sorted(set(env) & set(REFUSED_ENV))
-    if bad:
-        raise ValueError(f"{path}:{line}: env may not set {', '.join(bad)}; set it in the shell if you mean it")
+    refused = sorted(set(env) & set(REFUSED_ENV))
+    if refused:
+        raise ValueError(f"{path}:{line}: env may not set {', '.join(refused)}; set it in the shell if you mean it")
 
 
 def fits(value: Any, hint: Any) -> bool:

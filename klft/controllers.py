@@ -24,7 +24,7 @@ def _observed(name: str, sequence_kl: float, episodes: int) -> float:
 
 
 class Controller:
-    """What the five share: the attributes named in `_state` are what a checkpoint holds."""
+    """Base of the five controllers; `_state` names the attributes that a checkpoint holds."""
 
     _state: tuple[str, ...] = ("coef",)
     coef: float
@@ -33,7 +33,7 @@ class Controller:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to continue: plain numbers and the class name."""
+        """Everything needed to continue: plain numbers and the class name."""
         return {"controller": type(self).__name__} | {key: getattr(self, key) for key in self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ class Divergence:
         return tuple(values)
 
     def totals(self, lp: Tensor, lq: Tensor, *params: float) -> Tensor:
-        """What `finish` reads: the sum of the terms over the vocabulary."""
+        """The sum of the terms over the vocabulary, as `finish` reads it."""
         return self.total(lp, lq, *params) if self.total else self.term(lp, lq, *params).sum(-1)
 
     def logit_gradient(
@@ -165,8 +165,8 @@ def _skew_reverse_dterm(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 def _log_power(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     """log(p^a q^(1-a)); -inf where both are 0."""
-    dead = (lp == -torch.inf) & (lq == -torch.inf)
-    return (a * lp + (1 - a) * lq).masked_fill(dead, -torch.inf)
+    impossible = (lp == -torch.inf) & (lq == -torch.inf)
+    return (a * lp + (1 - a) * lq).masked_fill(impossible, -torch.inf)
 
 
 def _power(lp: Tensor, lq: Tensor, a: float) -> Tensor:
@@ -187,7 +187,7 @@ def _alpha_dterm(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 
 def _renyi_totals(lp: Tensor, lq: Tensor, a: float) -> Tensor:
-    """[2, *]: the alpha gaps, accurate near equality, and log sum p^a q^(1-a), accurate where the two are far apart."""
+    """[2, *]: the alpha gaps, accurate near equality, and log sum p^a q^(1-a), accurate far from it."""
     return torch.stack([_alpha_term(lp, lq, a).sum(-1), _log_power(lp, lq, a).logsumexp(-1)])
 
 

@@ -5,8 +5,7 @@
     head = LMHead.from_model(model)                # anew for every step: under FSDP2 it is a copy, gathered once
     # kept.hidden [B, T, D], head: what token_scores, linear_divergence and fused_token_loss take
 
-Models are recognised by what they have (duck typing): neither transformers nor peft is imported. Absent on purpose:
-heads with an adapter of their own, quantised ones and MLPs. Score those from logits.
+A head with an adapter of its own, a quantised one or an MLP cannot be read: score those from logits.
 """
 
 from dataclasses import dataclass, replace
@@ -69,7 +68,7 @@ class LMHead:
             raise ValueError(f"LMHead: scale must not be 0, softcap > 0 or None; got {self.scale} and {self.softcap}")
 
     @property
-    def rows(self) -> int:
+    def vocab_size(self) -> int:
         """V: rows of the whole vocabulary, here and on other processes."""
         return len(self.weight) if self.shard is None else self.shard.vocab_size
 
@@ -79,8 +78,8 @@ class LMHead:
 
     def cut(self, vocab_size: int) -> "LMHead":
         """The same head over the ids below `vocab_size` alone (padding rows left out). ValueError if it has fewer."""
-        if not 0 < vocab_size <= self.rows:
-            raise ValueError(f"LMHead.cut: expected 1 to {self.rows} rows, got {vocab_size}")
+        if not 0 < vocab_size <= self.vocab_size:
+            raise ValueError(f"LMHead.cut: expected 1 to {self.vocab_size} rows, got {vocab_size}")
         if self.shard is None:
             return self._only(0, vocab_size, None)
         start, stop = min(self.shard.start, vocab_size), min(self.shard.stop, vocab_size)
@@ -88,8 +87,10 @@ class LMHead:
 
     def narrow(self, shard: VocabShard) -> "LMHead":
         """This process's rows of a whole head: no copy, and the gradient goes to the whole weight. ValueError else."""
-        if self.shard is not None or shard.vocab_size != self.rows:
-            raise ValueError(f"LMHead.narrow: {shard} needs a whole head, got {self.rows} rows, shard {self.shard}")
+        if self.shard is not None or shard.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"LMHead.narrow: {shard} needs a whole head, got {self.vocab_size} rows, shard {self.shard}"
+            )
         return self._only(shard.start, shard.stop, shard)
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
@@ -138,7 +139,7 @@ def _layer_under_peft(layer: Any, name: str) -> Any:
             layer = layer.modules_to_save[saved[0]] if saved else layer.original_module
             continue
         layer = getattr(layer, "token_adapter", layer)  # PEFT's trainable_token_indices wrap a layer of theirs
-        active = any(a in getattr(layer, part) for a in layer.active_adapters for part in layer.adapter_layer_names)
+        active = any(a in getattr(layer, name) for a in layer.active_adapters for name in layer.adapter_layer_names)
         # A merged adapter is in the weight already, unless the next forward would take it out again.
         if layer.merged == layer.disable_adapters and (active or layer.merged):
             raise _refusal(name, f"has an adapter ({type(layer).__name__}) at work on its head; merge or disable it")
@@ -175,8 +176,8 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
     def swap(_head: nn.Module, args: tuple) -> tuple:
         hidden = torch.randn(args[0].shape, generator=generator).to(args[0])
         hidden = hidden * (20 / head.logits(hidden).std().clamp(min=1e-6)).to(hidden)
-        wide = min(hidden.itemsize, head.weight.itemsize) >= 4 and not torch.is_autocast_enabled(hidden.device.type)
-        seen.update(hidden=hidden, tolerance=1e-3 if wide else 1e-2)
+        full = min(hidden.itemsize, head.weight.itemsize) >= 4 and not torch.is_autocast_enabled(hidden.device.type)
+        seen.update(hidden=hidden, tolerance=1e-3 if full else 1e-2)
         return (hidden, *args[1:])
 
     hook = base.get_output_embeddings().register_forward_pre_hook(swap)
@@ -185,7 +186,7 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
         head, device = LMHead(weight, bias), weight.device
         base.eval()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            logits = base(input_ids=torch.arange(8, device=device).view(2, 4) % head.rows).logits.float()
+            logits = base(input_ids=torch.arange(8, device=device).view(2, 4) % head.vocab_size).logits.float()
     except Exception as error:
         raise _refusal(name, f"failed on a probe ({error})") from error
     finally:
@@ -193,8 +194,8 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
         for module in training:
             module.training = True
     for scale, softcap in candidates:
-        mine = replace(head, scale=scale, softcap=softcap).logits(seen["hidden"])
-        if mine.shape == logits.shape and (mine - logits).norm() <= seen["tolerance"] * mine.norm():
+        ours = replace(head, scale=scale, softcap=softcap).logits(seen["hidden"])
+        if ours.shape == logits.shape and (ours - logits).norm() <= seen["tolerance"] * ours.norm():
             return scale, softcap
     raise _refusal(name, f"its logits are not what its head ({type(layer).__name__}) gives")
 

@@ -63,16 +63,16 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = wide.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(logits, labels, total)
-        return (wide.gather(-1, labels.unsqueeze(-1)) - total).squeeze(-1)
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        log_z = z.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, labels, log_z)
+        return (z.gather(-1, labels.unsqueeze(-1)) - log_z).squeeze(-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
-        logits, labels, total = ctx.saved_tensors
-        grad = -(logits.to(total.dtype) - total).exp_()
+        logits, labels, log_z = ctx.saved_tensors
+        grad = -(logits.to(log_z.dtype) - log_z).exp_()
         chosen = labels.unsqueeze(-1)
         grad.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=grad.dtype))
         grad = (grad * grad_output.unsqueeze(-1)).masked_fill_(grad_output.unsqueeze(-1) == 0, 0.0)

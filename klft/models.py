@@ -1,4 +1,7 @@
-"""What klft knows of a transformers model: its wrappers, inputs, modes, hidden states, vocabulary."""
+"""Everything klft knows of a transformers model: wrappers, inputs, modes, hidden states, vocabulary, positions.
+
+Models are recognised by what they have (duck typing); transformers and peft are imported inside functions only.
+"""
 
 import inspect
 import logging
@@ -152,10 +155,10 @@ def check_tokenizers(tokenizer: Any, ref_tokenizer: Any) -> None:
 
     Ids that only one of them has are no contradiction: whether both heads have a row for them, `score_texts` checks.
     """
-    mine, theirs = ({i: piece for piece, i in each.get_vocab().items()} for each in (tokenizer, ref_tokenizer))
-    differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+    ids, ref_ids = ({i: piece for piece, i in each.get_vocab().items()} for each in (tokenizer, ref_tokenizer))
+    differing = sorted(i for i in ids.keys() & ref_ids.keys() if ids[i] != ref_ids[i])
     if differing:
-        shown = "; ".join(f"{i} is {mine[i]!r} and {theirs[i]!r}" for i in differing[:3])
+        shown = "; ".join(f"{i} is {ids[i]!r} and {ref_ids[i]!r}" for i in differing[:3])
         raise ValueError(
             f"the tokenizers of policy and reference differ in {len(differing):,} ids: {shown}. KL per token needs two "
             "models with one vocabulary"

@@ -22,7 +22,7 @@ def placed(model: nn.Module, weight: Any, bias: Any, shard_rows: bool) -> tuple[
         return weight.full_tensor(**mean), None if bias is None else bias.full_tensor(**mean), None
     shard = VocabShard.from_dtensor(weight, own_tokens=not same_tokens)
     weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-    for part in (weight, bias):
-        if part is not None and part.requires_grad and not same_tokens:
-            part.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
+    for tensor in (weight, bias):
+        if tensor is not None and tensor.requires_grad and not same_tokens:
+            tensor.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
     return weight, bias, shard

@@ -1,4 +1,4 @@
-"""KLPenalty: a reference, a measure of the KL, a coefficient and the place where the penalty goes, as one object.
+"""KLPenalty: a reference, an estimator of the KL, a coefficient and a placement, as one object.
 
 For a training loop of your own, from logits:
 
@@ -64,7 +64,7 @@ class TokenKL:
 
     @property
     def counted(self) -> Bool[Tensor, "*B"]:
-        """Where the mask holds and the weight is not 0."""
+        """True where the mask holds and the weight is not 0."""
         return self.mask if self.weight is None else self.mask & (self.weight != 0)
 
     @property
@@ -90,7 +90,7 @@ def check_combination(direction: str, estimator: str, placement: str) -> None:
 
 
 def effective_placement(estimator: str, placement: str) -> str:
-    """Where a penalty really goes: exact KL in the reward alone has a wrong gradient, so its loss part goes with it."""
+    """The placement that is used: exact KL in the reward alone has a wrong gradient, so its loss part goes with it."""
     return "both" if (estimator, placement) == ("exact", "reward") else placement
 
 
@@ -285,7 +285,7 @@ class KLPenalty:
         return value if self.clip is None else value.clamp(max=self.clip)
 
     def _beyond_clip(self, kl: TokenKL) -> Tensor:
-        """Where the clip decides: the log-ratio (sampled) or the KL (exact) lies beyond it, on tokens that count."""
+        """True where the clip decides: on counted tokens whose log-ratio (sampled) or KL (exact) lies beyond it."""
         assert self.clip is not None
         if self.estimator == "exact":
             return kl.counted & (self._exact_of(kl.scores).detach() > self.clip)
@@ -293,7 +293,7 @@ class KLPenalty:
         return kl.counted & ((kl.scores.logp - kl.scores.ref_logp).detach().abs() > self.clip)
 
     def clipped(self, kl: TokenKL) -> int:
-        """How many tokens the clip changes."""
+        """Number of tokens that the clip changes."""
         return 0 if self.clip is None else int(self._beyond_clip(kl).sum())
 
     def _sampled(self, kl: TokenKL, gradient: str) -> Tensor:

@@ -3,8 +3,8 @@
     from klft import plots
     plots.kl_by_step(Statistics.of(table)).savefig("kl.pdf")
 
-pyplot's global state is never touched, and the colours are those of Okabe and Ito, told apart by any eye. Needs
-matplotlib: pip install "klft[plots]". Deliberately absent: the drawings of the page (klft.diagnostics.report).
+pyplot's global state is never touched; the colours are Okabe and Ito's, safe for colour-blind readers. Needs
+matplotlib: pip install "klft[plots]". The page draws its own (klft.diagnostics.report).
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,41 +44,41 @@ def kl_by_position(stats: Any) -> "Figure":
     rows = _some(stats.by_position(), "tokens")
     figure, axes = _axes("KL by position", "position (token)", "KL per token (nats)")
     for name in COLOURS:
-        found = [row for row in rows if f"{name}_mean" in row]
-        middles = [(row["start"] + row["stop"] - 1) / 2 for row in found]
+        known = [row for row in rows if f"{name}_mean" in row]
+        middles = [(row["start"] + row["stop"] - 1) / 2 for row in known]
         for key, style, what in (("mean", "-", ", mean"), ("p90", ":", ", 90 % below")):
-            if found:
-                values = [row[f"{name}_{key}"] for row in found]
+            if known:
+                values = [row[f"{name}_{key}"] for row in known]
                 axes.plot(middles, values, style, color=COLOURS[name], label=LABELS[name] + what, linewidth=1.5)
     axes.set_ylim(bottom=0)
     return _finish(figure)
 
 
 def estimator_spread(table: Any) -> "Figure":
-    """How the sampled estimates k1, k2, k3 of the reverse KL scatter over tokens, beside its exact value, of a token
+    """Box plot of the sampled estimates k1, k2, k3 of the reverse KL over tokens, beside its exact value, of a token
     table. Boxes: quartiles; whiskers: 1st and 99th percentile; diamonds: means. Nats, prompt tokens left out."""
     import torch
 
-    kept = ~np.asarray(table["is_prompt"])
-    columns = [np.asarray(table[name], np.float64)[kept] for name in ("logp", "ref_logp", "reverse_kl")]
+    counted = ~np.asarray(table["is_prompt"])
+    columns = [np.asarray(table[name], np.float64)[counted] for name in ("logp", "ref_logp", "reverse_kl")]
     logp, ref_logp, exact = (torch.from_numpy(column) for column in columns)
-    spread = {"exact": exact, "k1": k1(logp, ref_logp), "k2": k2(logp, ref_logp), "k3": k3(logp, ref_logp)}
-    finite = torch.stack(list(spread.values())).isfinite().all(0)
+    estimates = {"exact": exact, "k1": k1(logp, ref_logp), "k2": k2(logp, ref_logp), "k3": k3(logp, ref_logp)}
+    finite = torch.stack(list(estimates.values())).isfinite().all(0)
     _some(finite[finite].tolist(), "tokens with both a reference log-probability and an exact KL")
-    spread = {name: values[finite].numpy() for name, values in spread.items()}
+    estimates = {name: values[finite].numpy() for name, values in estimates.items()}
     figure, axes = _axes("Sampled estimates of the reverse KL", "KL per token (nats)", "")
-    parts = ("whislo", "q1", "med", "q3", "whishi")
+    keys = ("whislo", "q1", "med", "q3", "whishi")
     boxes = [
-        dict(zip(parts, np.percentile(values, [1, 25, 50, 75, 99]).tolist(), strict=True))
+        dict(zip(keys, np.percentile(values, [1, 25, 50, 75, 99]).tolist(), strict=True))
         | {"mean": float(values.mean()), "label": name}
-        for name, values in reversed(spread.items())
+        for name, values in reversed(estimates.items())
     ]
     mark = {"marker": "D", "markerfacecolor": COLOURS["forward"], "markeredgecolor": "none", "markersize": 6}
     axes.bxp(
         boxes, orientation="horizontal", showmeans=True, showfliers=False, patch_artist=True, meanprops=mark,
         widths=0.5, boxprops={"facecolor": "#C6DCEB", "edgecolor": GREY}, medianprops={"color": COLOURS["reverse"]},
     )  # fmt: skip
-    mean = float(spread["exact"].mean())
+    mean = float(estimates["exact"].mean())
     axes.axvline(mean, color=COLOURS["forward"], linewidth=1, linestyle="--", label=f"exact mean, {mean:.3g} nats")
     ends = max(max(abs(box["whislo"]), abs(box["whishi"])) for box in boxes)
     axes.set_xscale("symlog", linthresh=max(min(mean, ends / 10), 1e-12))
@@ -97,11 +97,11 @@ def reward_kl_frontier(points: Iterable[Sequence[Any]]) -> "Figure":
         (True, "o-", "frontier", COLOURS["reverse"]),
         (False, "o", "behind it", "#AAAAAA"),
     ):
-        found = [p for p, is_best in zip(points, best, strict=True) if is_best is wanted]
-        if found:
-            axes.plot([p[0] for p in found], [p[1] for p in found], style, color=colour, label=label)
-        for kl, reward, *name in found:
-            if name:  # there is room above the frontier, but for its left end
+        shown = [p for p, is_best in zip(points, best, strict=True) if is_best is wanted]
+        if shown:
+            axes.plot([p[0] for p in shown], [p[1] for p in shown], style, color=colour, label=label)
+        for kl, reward, *name in shown:
+            if name:  # labels fit above the frontier, but for its left end
                 above = wanted and kl > middle
                 place = {"xytext": (-5, 5), "ha": "right"} if above else {"xytext": (5, -11), "ha": "left"}
                 text = axes.annotate(str(name[0]), (kl, reward), textcoords="offset points", fontsize=8, **place)

@@ -1,4 +1,4 @@
-"""TokenScores: what two models say of a token. From logits (`score_logits`), and as the numbers that are logged.
+"""TokenScores: every score of a token under two models; from logits (`score_logits`); and as metrics (`kl_metrics`).
 
 `kl_metrics` is the one definition of every `kl/*` and `entropy/*` key: PPO, the diagnostics and a loop of your own log
 the same names with the same meaning.
@@ -120,14 +120,14 @@ def metrics_of(
 
 
 def quantities(scores: TokenScores) -> dict[str, Tensor]:
-    """Those of QUANTITIES that the scores have, [*B] each, in fp64; what fp32 cannot hold is infinite."""
-    found = {"reverse": scores.reverse_kl, "forward": scores.forward_kl, "entropy": scores.entropy,
+    """QUANTITIES of the scores, as far as they are there, [*B] each, in fp64; beyond fp32 is infinite."""
+    given = {"reverse": scores.reverse_kl, "forward": scores.forward_kl, "entropy": scores.entropy,
              "ref_entropy": scores.ref_entropy, "logp": scores.logp, "ref_logp": scores.ref_logp}  # fmt: skip
-    found = {name: t.detach().double() for name, t in found.items() if t is not None}
-    if "ref_logp" in found:
+    values = {name: t.detach().double() for name, t in given.items() if t is not None}
+    if "ref_logp" in values:
         for name, estimator in SAMPLED.items():
-            found[name] = saturate(estimator(found["logp"], found["ref_logp"]))
-    return found
+            values[name] = saturate(estimator(values["logp"], values["ref_logp"]))
+    return values
 
 
 def saturate(values: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
@@ -175,12 +175,12 @@ def flat_metrics(
     scores: TokenScores, sequence: Int[Tensor, "N"], weight: Float[Tensor, "N"] | None = None
 ) -> dict[str, float]:
     """kl_metrics of tokens [N] that all count; `sequence` numbers the sequence each belongs to."""
-    found = quantities(scores)
-    weight = torch.ones_like(found["logp"]) if weight is None else weight.detach().double()
+    values = quantities(scores)
+    weight = torch.ones_like(values["logp"]) if weight is None else weight.detach().double()
     nonfinite = torch.zeros_like(weight, dtype=torch.bool)
-    for x in found.values():
+    for x in values.values():
         nonfinite |= ~x.isfinite()
-    distributions = {name: _Values(x, weight, sequence) for name, x in found.items() if x.isfinite().any()}
+    distributions = {name: _Values(x, weight, sequence) for name, x in values.items() if x.isfinite().any()}
     agree = None
     if scores.top1_agree is not None and len(weight):
         agree = float((scores.top1_agree.double() * weight).sum() / weight.sum())

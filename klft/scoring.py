@@ -52,7 +52,7 @@ SHARDINGS = ("auto", "tp", "dp", "none")
 
 @dataclass
 class Predictions:
-    """What one model predicts for N tokens: hidden states and the head that reads them, or else logits."""
+    """One model's predictions of N tokens: hidden states and the head that reads them, or else logits."""
 
     hidden: Float[Tensor, "N D"] | None = None
     head: LMHead | None = None
@@ -62,7 +62,7 @@ class Predictions:
     def vocab_size(self) -> int:
         """Vocabulary rows, here and on other processes."""
         if self.head is not None:
-            return self.head.rows
+            return self.head.vocab_size
         assert self.logits is not None
         return self.logits.shape[-1]
 
@@ -103,7 +103,7 @@ class Scorer:
         self._from_logits = {"policy": False, "reference": False}
 
     def shared_vocab(self, model: nn.Module) -> int:
-        """How many ids both models have a row for."""
+        """Number of ids that both models have a row for."""
         return min(vocab_size(model), self.reference.vocab_size)
 
     # ---- the two sides -----------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Scorer:
         """Scores [N] of the tokens that the two predict."""
         if policy.head is not None and reference.head is not None:
             inputs = self.fused_inputs(policy, reference, token_ids)
-            return token_scores(**inputs, top_k=min(self.top_k, inputs["head"].rows))
+            return token_scores(**inputs, top_k=min(self.top_k, inputs["head"].vocab_size))
         shared = min(policy.vocab_size, reference.vocab_size)
         chunks = []
         for start in range(0, max(1, len(token_ids)), LOGITS_CHUNK):

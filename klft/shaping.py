@@ -26,7 +26,7 @@ def finish_scores(
     clip: float | None = None,
     missing_eos_penalty: float | None = None,
 ) -> Float[Tensor, "B"]:
-    """Clip to [-clip, clip], then subtract the penalty where a completion ran out of room before it ended."""
+    """Clip to [-clip, clip], then subtract the penalty where a completion was cut off before it ended."""
     if clip is not None:
         scores = scores.clamp(-clip, clip)
     if missing_eos_penalty is not None:
@@ -56,12 +56,12 @@ class RunningMoments:
 
     def learn(self, scores: Float[Tensor, "B"], reduce: Reduce = no_reduce) -> None:
         """Take `scores` of all processes in. Chan's update: exact however the batches are cut."""
-        wide = scores.double()
-        count, total = reduce(torch.stack([torch.ones_like(wide).sum(), wide.sum()])).tolist()
+        scores = scores.double()
+        count, total = reduce(torch.stack([torch.ones_like(scores).sum(), scores.sum()])).tolist()
         if not count:
             return
         mean = total / count
-        squares = float(reduce((wide - mean).square().sum()))
+        squares = float(reduce((scores - mean).square().sum()))
         delta, merged = mean - self.mean, self.count + count
         self.sum_squares += squares + delta**2 * self.count * count / merged
         self.mean += delta * count / merged

@@ -1,14 +1,14 @@
-"""Who holds which rows of a vocabulary head, and the few collectives that make one distribution out of the parts.
+"""VocabShard: which rows of a vocabulary head live on this process, and the collectives over its group.
 
-Two ways to split the vocabulary over W processes:
+Two ways to shard the vocabulary over W processes:
 
-- tensor parallel (`own_tokens=False`): every process has the same hidden states and V/W rows. It then holds N * V/W
-  logits: a real saving.
-- data parallel (`own_tokens=True`): every process has tokens of its own and V/W rows; hidden states are gathered,
-  gradients come back by reduce-scatter. That saves the head's memory, not the logits': tiles save those.
+- tensor parallel (`own_tokens=False`): every process has the same hidden states and V/W rows, hence N * V/W logits:
+  a real saving.
+- data parallel (`own_tokens=True`): every process has tokens of its own and V/W rows; hidden states are
+  all-gathered, gradients reduce-scattered. That saves the head's memory, not the logits': tiles save those.
 
-What travels per tile of tokens: per-rank log-sum-exps (one gather), then the sums (one gather). Absent on purpose:
-`torch.distributed.nn`, whose collectives give gradients W times too large here. Gradients are written by hand.
+Per tile of tokens two all-gathers: the shards' log-sum-exps, then their sums. Gradients are written by hand:
+`torch.distributed.nn`'s collectives would make them W times too large here.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None, own_tokens: bool = False) -> "VocabShard":
-        """This process's part of an even split, dealt as torch.chunk does, like a DTensor `Shard(0)`.
+        """This process's shard of an even split, dealt as torch.chunk does, like a DTensor `Shard(0)`.
 
         ceil(V / W) rows each; the last ranks may hold fewer, or none.
         """
@@ -86,23 +86,23 @@ class VocabShard:
         return dist.get_rank(self.group) if dist.is_initialized() else 0
 
     def all_gather(self, t: Tensor) -> Tensor:
-        """[*] -> [W, *]: every rank's tensor (all of one shape), on every rank, in rank order."""
+        """All-gather: [*] -> [W, *], in rank order; all ranks' tensors have one shape."""
         if self.world == 1:
             return t.unsqueeze(0)
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        dist.all_gather(parts, t.contiguous(), group=self.group)
-        return torch.stack(parts)
+        gathered = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(gathered, t.contiguous(), group=self.group)
+        return torch.stack(gathered)
 
     def all_reduce_(self, t: Tensor) -> Tensor:
-        """Sum over ranks, on every rank, in place: what each rank's rows add to the gradient of the hidden states."""
+        """All-reduce (sum), in place."""
         if self.world > 1:
             dist.all_reduce(t, group=self.group)
         return t
 
     def reduce_scatter(self, t: Tensor) -> Tensor:
-        """[W * n, D] -> [n, D]: the sum over ranks of the part that belongs to this rank's tokens."""
+        """Reduce-scatter (sum): [W * n, D] -> this rank's [n, D]."""
         if self.world == 1:
             return t
-        mine = torch.empty_like(t[: len(t) // self.world])
-        dist.reduce_scatter(mine, list(t.contiguous().chunk(self.world)), group=self.group)
-        return mine
+        local = torch.empty_like(t[: len(t) // self.world])
+        dist.reduce_scatter(local, list(t.contiguous().chunk(self.world)), group=self.group)
+        return local

@@ -1,4 +1,4 @@
-"""Where in the text do two models part: token-level KL as a table, as statistics, as plots and as one offline page.
+"""Token-level KL diagnostics: a table of tokens, statistics of it, and one offline page that shows where models differ.
 
     from klft.diagnostics import TokenKLLog, write_report
 
@@ -9,7 +9,7 @@
     write_report("run", "report.html")
 
 The table is plain Parquet (`records.TokenRecord` documents its columns), the statistics merge over ranks and steps.
-Deliberately absent: a tracker client (scalars are a dict for whichever logger there is) and anything that goes online.
+Scalars are a dict for whichever tracker there is; nothing here goes online.
 """
 
 from importlib import import_module

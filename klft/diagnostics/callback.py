@@ -5,7 +5,7 @@
 
 Why the trainer: a callback is not handed it, and trackers (TensorBoard, W&B, trackio) are callbacks too, called before
 any that is added later, with logs that only the Trainer starts. With `trainer` the numbers go through its log, which
-reaches all of them. Deliberately absent: an effect on training, and sampling (what it says is greedy).
+reaches all of them. It has no effect on training, and continues prompts greedily.
 """
 
 import logging
@@ -123,8 +123,8 @@ class TokenKLCallback(TrainerCallback):
         given = {i: p for i, p in enumerate(self._probes) if isinstance(p, dict) and set(p) != {"prompt"}}
         self._fixed = Encoded([], [], [])
         if given:
-            found = encode_texts(self._tokenizer, list(given.values()), max_length=self.options["max_length"])
-            self._fixed = found._replace(sample_ids=[list(given)[i] for i in found.sample_ids])
+            encoded = encode_texts(self._tokenizer, list(given.values()), max_length=self.options["max_length"])
+            self._fixed = encoded._replace(sample_ids=[list(given)[i] for i in encoded.sample_ids])
         open_ended = {
             i: p["prompt"] if isinstance(p, dict) else p for i, p in enumerate(self._probes) if i not in given
         }
@@ -156,8 +156,8 @@ class TokenKLCallback(TrainerCallback):
                     )  # fmt: skip
         if self._log is not None:
             self._log.close()
-            found = {self.prefix + name: value for name, value in self._log.scalars().items()}
-            self._publish(found, state, control)
+            metrics = {self.prefix + name: value for name, value in self._log.scalars().items()}
+            self._publish(metrics, state, control)
 
     def _continue(self, model: Any) -> list[list[int]]:
         """Each prompt's ids and the policy's greedy continuation of it, up to and including the first end.
@@ -184,12 +184,12 @@ class TokenKLCallback(TrainerCallback):
             written += [row + c[m].tolist() for row, c, m in zip(rows, said.completion_ids, said.mask, strict=True)]
         return written
 
-    def _publish(self, found: dict[str, float], state: Any, control: Any) -> None:
+    def _publish(self, metrics: dict[str, float], state: Any, control: Any) -> None:
         if self.trainer is None:
-            state.log_history.append(found | {"epoch": state.epoch, "step": state.global_step})
-            self._pending = found
+            state.log_history.append(metrics | {"epoch": state.epoch, "step": state.global_step})
+            self._pending = metrics
         else:
             should_log = control.should_log
             # Not trainer.log: TRL's would hand out its running averages here, and start them anew.
-            Trainer.log(self.trainer, dict(found))
+            Trainer.log(self.trainer, dict(metrics))
             control.should_log = should_log  # the Trainer's own log of this step is still to come

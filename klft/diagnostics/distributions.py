@@ -1,9 +1,7 @@
-"""What merges: sums by key; and the distribution of a quantity, read off such sums.
+"""Tally, mergeable sums by key; and Distribution, the distribution of a quantity read off such sums.
 
 Histograms have bins 2 % wide on a logarithmic scale, so a percentile is within 1 % of the nearest-rank percentile of
 the values; below 1e-10 counts as 0. Minimum, maximum, means and counts are exact. All values are in nats.
-
-Deliberately absent: what the quantities are and where they come from (klft.diagnostics.stats).
 """
 
 import math
@@ -38,7 +36,7 @@ class Tally:
         return Tally(distinct[present], sums[present])
 
     def merge(self, other: "Tally") -> "Tally":
-        """Of both together; the same columns."""
+        """Sum of two tallies with equal columns."""
         return Tally.of(np.concatenate([self.keys, other.keys]), *np.concatenate([self.sums, other.sums]).T)
 
     def between(self, low: int, half: int) -> "Tally":
@@ -73,15 +71,26 @@ def moments(values: np.ndarray, valid: np.ndarray, sequence: np.ndarray) -> list
     without a non-finite value: 1, s, s^2. Non-finite values.
     """
     finite = np.isfinite(values) & valid
-    n, bad = np.bincount(sequence, finite), np.bincount(sequence, valid & ~finite)
+    n, nonfinite = np.bincount(sequence, finite), np.bincount(sequence, valid & ~finite)
     s = np.bincount(sequence, np.where(finite, values, 0.0))
-    whole = s[(n > 0) & (bad == 0)]
-    return [np.sum(n > 0), n.sum(), s.sum(), n @ n, n @ s, s @ s, len(whole), whole.sum(), whole @ whole, bad.sum()]
+    whole = s[(n > 0) & (nonfinite == 0)]
+    return [
+        np.sum(n > 0),
+        n.sum(),
+        s.sum(),
+        n @ n,
+        n @ s,
+        s @ s,
+        len(whole),
+        whole.sum(),
+        whole @ whole,
+        nonfinite.sum(),
+    ]
 
 
 @dataclass
 class Distribution:
-    """How one quantity's finite values (at least one) are distributed over tokens and over sequences."""
+    """Distribution of one quantity's finite values (at least one) over tokens and over sequences."""
 
     low: float
     high: float
@@ -104,7 +113,7 @@ class Distribution:
 
     @property
     def standard_error(self) -> float | None:
-        """Of `mean`, for tokens that are independent between sequences only; None for fewer than two sequences.
+        """Standard error of `mean`, clustered by sequence; None for fewer than two sequences.
 
         With G sequences of n_g values adding up to s_g, mean m = sum s / sum n, the variance of a ratio of sums:
         G / (G - 1) * sum_g (s_g - m n_g)^2 / (sum_g n_g)^2. Cluster-robust ("CR1") standard error of a mean.
@@ -120,7 +129,7 @@ class Distribution:
 
     @property
     def sequence_standard_error(self) -> float | None:
-        """Of `sequence_mean`: standard deviation over sequences / sqrt(their number); None for fewer than two."""
+        """Standard error of `sequence_mean`: standard deviation / sqrt(sequences); None for fewer than two."""
         g, s, ss = self.moments[6:9].tolist()
         return math.sqrt(max(ss - s * s / g, 0.0) / (g - 1) / g) if g > 1 else None
 

@@ -1,7 +1,7 @@
-"""Where the two models and the texts of a comparison come from: names and files, with errors that say what to do.
+"""Loading models and texts of a comparison by name or file, with errors that say what to do.
 
 `load_models` and `read_texts` serve the command line and recipes/measure_kl.py. A repository's own code runs only where
-the caller says so, and never the reference's; weights are read from safetensors. Deliberately absent: the scoring.
+the caller says so, and never the reference's; weights are read from safetensors.
 """
 
 import logging
@@ -108,7 +108,7 @@ def _adapter_config(name: str) -> Any:
 
 
 def _tokenizer(name: str, role: str, trust: bool) -> Any:
-    """What is saved beside a model (an adapter's own, or else its base model's), or None."""
+    """The tokenizer saved beside a model (an adapter's own, or else its base model's), or None."""
     from transformers import AutoTokenizer
 
     with _explained(role, name):

@@ -12,11 +12,11 @@ from klft.scoring import ScoredTexts
 
 def scored_table(batches: Iterable[ScoredTexts], tokenizer: Any) -> pa.Table:
     """One row per token, as `records_table` makes them; `sample_id` is the text's number."""
-    parts = [
+    tables = [
         records_table(b.scores, b.token_ids, b.mask, tokenizer, is_prompt=b.is_prompt, sample_ids=b.sample_ids)
         for b in batches
     ]
-    return pa.concat_tables(parts or [SCHEMA.empty_table()])
+    return pa.concat_tables(tables or [SCHEMA.empty_table()])
 
 
 __getattr__ = moved(

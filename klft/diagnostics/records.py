@@ -1,8 +1,7 @@
-"""One row per token: what two models make of it, as a table that is written whole or not at all.
+"""Token tables: one row per token with the scores of both models, written whole or not at all.
 
 `TokenRecord` documents the columns, `records_table` fills them from scores, `write_records` and `read_records` keep
-them in Parquet, `TokenKLLog` does all of it inside a training loop. Deliberately absent: the models (scores come in
-ready), and any format but Parquet.
+them in Parquet, `TokenKLLog` does all of it inside a training loop. Scores come in ready.
 """
 
 import json
@@ -77,7 +76,7 @@ LISTS: tuple[str, ...] = ("top_ids", "top_p", "ref_top_ids", "ref_top_p")
 
 @dataclass
 class Metadata:
-    """What the rows of a table have in common; JSON under the key "klft" of the Parquet file's metadata.
+    """Metadata of a table, common to its rows; JSON under the key "klft" of the Parquet file's metadata.
 
     `vocabulary` and `classes` hold text and class (one of TOKEN_CLASSES) of every id in token_id, top_ids and
     ref_top_ids, so that a reader needs no tokenizer. `total_sequences` is how many there were where the table holds
@@ -313,7 +312,7 @@ class TokenKLLog:
         self._recent = self._recent.merge(Statistics.of(table, self._metadata.naming(table, self._tokenizer)))
 
     def statistics(self) -> Statistics:
-        """Of this process's tokens since the last call of `statistics` or `scalars`; merge them over ranks."""
+        """Statistics of this process's tokens since the last call of this or `scalars`; merge them over ranks."""
         recent, self._recent = self._recent, Statistics()
         return recent
 

@@ -1,10 +1,10 @@
-"""One offline HTML file to look at a token table with: where in the text do two models part, and how.
+"""One offline HTML file to look at a token table with: where in the text two models differ, and how.
 
     write_report("run", "report.html")
 
 The numbers come from klft.diagnostics.stats; here sequences are chosen, numbers rounded, and all of it laid out.
-page/ holds the template and hand-written CSS, JavaScript and SVG, which the file includes whole. Deliberately absent:
-anything fetched, and HTML made of token texts. Texts travel as JSON in a block that does not run, the script shows them
+page/ holds the template and hand-written CSS, JavaScript and SVG, which the file includes whole. Nothing is
+fetched, and no HTML is made of token texts: texts travel as JSON in a block that does not run, the script shows them
 through textContent, and a Content-Security-Policy allows that script and that style by their hash, and nothing else.
 """
 
@@ -91,7 +91,7 @@ def _context(
     seed: int,
     title: str | None,
 ) -> dict[str, Any]:
-    """What the template gets."""
+    """Variables of the template."""
     stats, words = Statistics.of(table, metadata), _Vocabulary(metadata)
     shown = [_sequence(entry, rows, limit, words) for entry, rows in chosen]
     worst_by = "reverse" if stats.worst_tokens("reverse") else "forward"
@@ -154,7 +154,7 @@ def _choose(table: pa.Table, wanted: int, seed: int) -> list[tuple[dict[str, Any
 
 
 def _window(is_prompt: list[bool], limit: int) -> tuple[int, int]:
-    """Which tokens of a long sequence to show: the prompt loses its front, but keeps a quarter; then the end goes."""
+    """(start, stop) of the tokens shown of a long sequence: the prompt is cut to a quarter at least, then the end."""
     prompt = is_prompt.index(False) if False in is_prompt else len(is_prompt)
     kept = min(prompt, max(limit - (len(is_prompt) - prompt), limit // 4))
     return prompt - kept, min(len(is_prompt), prompt - kept + limit)

@@ -3,8 +3,6 @@
 Prompt tokens are left out. Non-finite values are counted and left out of everything else, each quantity by itself. A
 quantity without a finite value is absent: no key, no NaN. All values are in nats. Percentiles are within 1 %, see
 klft.diagnostics.distributions; everything else is exact.
-
-Deliberately absent: tokenizers (texts and classes come with the table), and drawing.
 """
 
 import functools
@@ -38,12 +36,12 @@ MUCH_LARGER = 2.0  # for close models the two directions are equal to leading or
 
 COUNTS: tuple[str, ...] = ("tokens", "sequences", "nonfinite", "agree", "compared")
 SEQUENCE: tuple[str, ...] = ("step", "rank", "sample_id")
-PART = 1 << 18  # rows that are looked at together, to bound memory
+CHUNK = 1 << 18  # rows that are looked at together, to bound memory
 SHIFT, HALF = 14, 1 << 13  # one key of something's number and a value's bin: number << SHIFT | bin + HALF
 
 
 def quadrant(reverse: Any, forward: Any) -> np.ndarray:
-    """Which of QUADRANTS each pair of KLs falls in, by number.
+    """Index into QUADRANTS of each pair of KLs.
 
     neither: both below QUIET_NATS. mode-dropping: forward at least MUCH_LARGER times reverse, the policy has lost mass
     that the reference has. mode-inventing: the mirror image, the policy has mass where the reference has little. both:
@@ -69,7 +67,7 @@ def position_start(number: int) -> int:
 
 @dataclass
 class Statistics:
-    """What the terminal, a tracker and the page say about a table.
+    """Statistics of a token table that merge: for the terminal, a tracker and the page.
 
     `tallies` hold every sum, see `of`; those by step, token, entropy, quadrant and position have the columns tokens,
     finite reverse KLs, their sum, finite forward KLs, their sum. `ends`: quantity -> (least, largest finite value).
@@ -89,10 +87,10 @@ class Statistics:
 
     @staticmethod
     def of(table: pa.Table, metadata: Any = None, worst: int = 50, context: int = 8) -> "Statistics":
-        """Of a table with the columns of TokenRecord. `metadata` gives the token classes; `worst` tokens are kept by
-        each measure, with `context` tokens on either side."""
-        parts = (Statistics._of(part, metadata, worst, context) for part in _parts(table))
-        return functools.reduce(Statistics.merge, parts, Statistics(worst=worst))
+        """Statistics of a table with the columns of TokenRecord. `metadata` gives the token classes; `worst` tokens are
+        kept by each measure, with `context` tokens on either side."""
+        chunks = (Statistics._of(chunk, metadata, worst, context) for chunk in _chunks(table))
+        return functools.reduce(Statistics.merge, chunks, Statistics(worst=worst))
 
     @staticmethod
     def _of(table: pa.Table, metadata: Any, worst: int, context: int) -> "Statistics":
@@ -100,25 +98,25 @@ class Statistics:
         sequence, stats = tokens.sequences[tokens.rows], Statistics(worst=worst)
         if not len(sequence):
             return stats
-        bad, rows, bins = np.zeros(len(sequence), bool), [], [Tally.of(sequence[:0], None)]
+        nonfinite, rows, bins = np.zeros(len(sequence), bool), [], [Tally.of(sequence[:0], None)]
         for number, name in enumerate(QUANTITIES):
             values, valid = tokens.quantity(name)
             kept = values[np.isfinite(values)]
             rows.append(moments(values, valid, sequence))
-            bad |= valid & ~np.isfinite(values)
+            nonfinite |= valid & ~np.isfinite(values)
             if len(kept):
                 stats.ends[name] = [float(kept.min()), float(kept.max())]
                 bins.append(Tally.of((number << SHIFT) + HALF + bin_numbers(kept), None))
         stats.tallies["moments"] = Tally(np.arange(len(rows)), np.array(rows, np.float64))
         stats.tallies["bins"] = functools.reduce(Tally.merge, bins)
-        stats.tokens, stats.sequences, stats.nonfinite = len(bad), len(np.unique(sequence)), int(bad.sum())
+        stats.tokens, stats.sequences, stats.nonfinite = len(nonfinite), len(np.unique(sequence)), int(nonfinite.sum())
         first, ref_first = (pc.list_element(table[n], 0) for n in ("top_ids", "ref_top_ids"))  # pyright: ignore
         same = pc.equal(first, ref_first)  # pyright: ignore[reportAttributeAccessIssue]
         stats.agree = int(same.fill_null(False).to_numpy()[tokens.rows].sum())
         stats.compared = int(same.is_valid().to_numpy()[tokens.rows].sum())
         stats._group(tokens)
         for name in ("reverse", "forward", "nonfinite"):
-            score = bad.astype(np.float64) if name == "nonfinite" else tokens.quantity(name)[0]
+            score = nonfinite.astype(np.float64) if name == "nonfinite" else tokens.quantity(name)[0]
             stats.worst_by[name] = tokens.worst(np.where(np.isfinite(score), score, 0.0), worst, context)
         ids, rows = np.unique(table["token_id"].to_numpy(), return_index=True)
         classes = metadata.classes if metadata is not None else {}
@@ -151,7 +149,7 @@ class Statistics:
             self.tallies[f"position_{name}"] = Tally.of(keys, None)
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Of both tables together, as long as no sequence is spread over the two. Associative, in any order."""
+        """Statistics of both tables, as long as no sequence is in both. Associative and commutative."""
 
         def both(a: dict, b: dict, merge: Callable[[Any, Any], Any]) -> dict:
             return a | b | {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
@@ -163,7 +161,7 @@ class Statistics:
             tallies=both(self.tallies, other.tallies, Tally.merge),
             ends=both(self.ends, other.ends, lambda a, b: [min(a[0], b[0]), max(a[1], b[1])]),
             names=both(self.names, other.names, max),  # the "" of an unknown class gives way
-            worst_by={name: sorted(found, key=_badness(name))[:worst] for name, found in rows.items()},
+            worst_by={name: sorted(entries, key=_badness(name))[:worst] for name, entries in rows.items()},
             worst=worst,
         )
 
@@ -189,13 +187,13 @@ class Statistics:
 
     @property
     def quantities(self) -> dict[str, Distribution]:
-        """Of those of QUANTITIES that have a finite value."""
-        found = {}
+        """Distributions by name, of those of QUANTITIES that have a finite value."""
+        distributions = {}
         for number, name in enumerate(QUANTITIES):
             if name in self.ends:
                 (low, high), sums = self.ends[name], self.tallies["moments"].sums[number]
-                found[name] = Distribution(low, high, sums, self.tallies["bins"].between(number << SHIFT, HALF))
-        return found
+                distributions[name] = Distribution(low, high, sums, self.tallies["bins"].between(number << SHIFT, HALF))
+        return distributions
 
     @property
     def perplexity(self) -> float | None:
@@ -301,7 +299,7 @@ def _badness(name: str) -> Callable[[dict[str, Any]], tuple]:
 
 
 def _runs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs of rows with one (step, rank, sample_id) begin, and the number of the sequence each belongs to."""
+    """(first rows of runs with one (step, rank, sample_id), number of the sequence that each run belongs to)."""
     columns = [table[name].to_numpy() for name in SEQUENCE]
     begins = np.ones(len(table), bool)
     begins[1:] = np.any([c[1:] != c[:-1] for c in columns], axis=0)
@@ -310,12 +308,12 @@ def _runs(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return starts, number.ravel()
 
 
-def _parts(table: pa.Table) -> list[pa.Table]:
-    """The table in parts of about PART rows that divide no sequence; whole, where sequences are not rows in a row."""
+def _chunks(table: pa.Table) -> list[pa.Table]:
+    """Chunks of about CHUNK rows that divide no sequence; the whole table, where sequences are not contiguous."""
     starts, number = _runs(table)
-    if len(table) <= PART or len(np.unique(number)) < len(starts):
+    if len(table) <= CHUNK or len(np.unique(number)) < len(starts):
         return [table]
-    cuts = [*np.unique(starts[np.searchsorted(starts, np.arange(0, starts[-1], PART))]).tolist(), len(table)]
+    cuts = [*np.unique(starts[np.searchsorted(starts, np.arange(0, starts[-1], CHUNK))]).tolist(), len(table)]
     return [table.slice(start, stop - start) for start, stop in itertools.pairwise(cuts)]
 
 
@@ -361,15 +359,15 @@ class _Tokens:
         rows = rows[np.lexsort((*order, -score[candidates]))][:worst]
         near = np.flatnonzero(np.isin(self.sequences, self.sequences[rows]))
         near = near[np.lexsort((self.table["position"].to_numpy()[near], self.sequences[near]))]
-        found = []
+        entries = []
         for row, entry in zip(rows.tolist(), self.table.take(rows).to_pylist(), strict=True):
             place = int(np.flatnonzero(near == row)[0])
             window = near[max(place - context, 0) : place + context + 1]
             window = window[self.sequences[window] == self.sequences[row]]
             texts, here = self.table["token"].take(window).to_pylist(), window.tolist().index(row)
             finite = {name: _finite(value) for name, value in entry.items()}
-            found.append(finite | {"before": texts[:here], "after": texts[here + 1 :]})
-        return found
+            entries.append(finite | {"before": texts[:here], "after": texts[here + 1 :]})
+        return entries
 
 
 def _finite(value: Any) -> Any:
@@ -383,7 +381,7 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(stats: Statistics) -> dict[str, float]:
-    """What a tracker gets: the keys and meanings of klft.scores.kl_metrics. Percentiles are within 1 %."""
+    """Metrics for a tracker, with the keys and meanings of klft.scores.kl_metrics. Percentiles are within 1 %."""
     return metrics_of(stats.quantities, tokens=stats.tokens, nonfinite=stats.nonfinite, top1_agree=stats.top1_agree)
 
 

@@ -9,7 +9,7 @@ from klft.writing import visible
 
 
 def summary_table(stats: Statistics, title: str = "") -> Table:
-    """What `summary_lines` says: two columns."""
+    """summary_lines as a table of two columns."""
     table = Table("", "nats per token", title=Text(visible(title)), title_justify="left")
     for label, value in summary_lines(stats):
         table.add_row(Text(label), Text(value))

@@ -1,8 +1,8 @@
-"""What a token id stands for on its own: its text, its class, and a fingerprint of the whole vocabulary.
+"""Texts and classes of single token ids, and a hash of a whole vocabulary.
 
 A tokenizer's own decode is no help here: it loses the leading space of a first token and shows bytes that are no text
 by themselves as U+FFFD. Pieces are read instead: byte-level BPE's alphabet, SentencePiece's spaces and bytes, and
-plain words. Deliberately absent: anything that depends on neighbouring tokens.
+plain words. Nothing depends on neighbouring tokens.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """What each id stands for on its own, a leading space included.
+    """Text of each id on its own, a leading space included.
 
     Bytes that are not valid UTF-8 alone are shown as <0xE2>, ids the tokenizer does not have as <id 151999>, special
     and added tokens by name.
@@ -55,12 +55,12 @@ def _described(tokenizer: Any, ids: Iterable[int]) -> list[tuple[str, str]]:
     pipeline = "" if backend is None else f"{backend.pre_tokenizer} {backend.decoder}"
     in_bytes, marks_words = "ByteLevel" in pipeline, backend is None or "ByteLevel" in pipeline or "▁" in pipeline
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
-    found = []
+    described = []
     for token_id in map(int, ids):
         known = token_id >= 0 and (backend is not None or token_id < len(tokenizer))
         piece = tokenizer.convert_ids_to_tokens(token_id) if known else None
         if piece is None:
-            found.append((f"<id {token_id}>", "other"))
+            described.append((f"<id {token_id}>", "other"))
             continue
         ends = token_id == tokenizer.eos_token_id or piece in END_OF_TURN
         if token_id in added or token_id in special:
@@ -71,10 +71,10 @@ def _described(tokenizer: Any, ids: Iterable[int]) -> list[tuple[str, str]]:
             text = BYTE.sub(lambda match: _shown(bytes.fromhex(match[1])), piece.replace("▁", " "))
         text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates have no place in a table
         if ends or token_id in special or (token_id in added and added[token_id].special):
-            found.append((text, "end of turn" if ends else "special"))
+            described.append((text, "end of turn" if ends else "special"))
         else:
-            found.append((text, _class(text, marks_words)))
-    return found
+            described.append((text, _class(text, marks_words)))
+    return described
 
 
 def _shown(piece: bytes) -> str:

@@ -89,7 +89,7 @@ def plan_of(
     if token_ids is None:
         token_ids = torch.zeros(n, dtype=torch.long, device=hidden.device)
     else:
-        _check_ids(token_ids, head.rows)
+        _check_ids(token_ids, head.vocab_size)
     policy, reference = ModelSide(hidden, head, temperature), None
     if ref_hidden is not None and ref_head is not None:
         _check_hidden(ref_hidden, ref_head, "the reference", n)
@@ -102,10 +102,10 @@ def plan_of(
 
 def _same_rows(head: LMHead, ref_head: LMHead) -> LMHead:
     """The reference's head with the same rows as the policy's."""
-    if ref_head.rows != head.rows:
+    if ref_head.vocab_size != head.vocab_size:
         raise ValueError(
-            f"the policy's head has {head.rows} rows, the reference's {ref_head.rows}: cut both to the ids they share, "
-            f"head.cut({min(head.rows, ref_head.rows)})"
+            f"the policy's head has {head.vocab_size} rows, the reference's {ref_head.vocab_size}: cut both to the ids they share, "
+            f"head.cut({min(head.vocab_size, ref_head.vocab_size)})"
         )
     if head.shard is None and ref_head.shard is None:
         return ref_head
@@ -135,8 +135,8 @@ def token_scores(
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
     """
     plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
-    if not 0 <= top_k <= head.rows:
-        raise ValueError(f"token_scores: top_k must lie in 0..{head.rows} (the vocabulary), got {top_k}")
+    if not 0 <= top_k <= head.vocab_size:
+        raise ValueError(f"token_scores: top_k must lie in 0..{head.vocab_size} (the vocabulary), got {top_k}")
     both = ref_hidden is not None
     names = ("logp", "entropy", "ref_logp", "ref_entropy", "reverse_kl", "forward_kl") if both else ("logp", "entropy")
     wanted = top_k if both or top_k else -1  # top-1 agreement needs each model's best token

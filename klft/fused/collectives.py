@@ -1,4 +1,4 @@
-"""What the ranks that share a vocabulary say to each other about one chunk of tokens.
+"""Collectives between the ranks that share a vocabulary, for one chunk of tokens.
 
 Two kinds of sharding (klft.sharding): tensor parallel, where all ranks score the same tokens, and data parallel
 (`dp_tokens`), where each rank has tokens of its own and a tile holds the tokens of all of them.

@@ -105,7 +105,7 @@ class Tile:
         return torch.where(self.is_local, sampled, 0.0)
 
     def _set_norm(self, row_max: Tensor) -> None:
-        """Set what makes probabilities of each block's logits."""
+        """Set `norm` and `norms` from the blocks' row max [K, M, n]."""
         # Below 0 only where a block has no finite logit: its exponentials, 0, need a scale that is a number.
         below = (self.log_z.row_max - row_max).clamp(min=0)
         log_z, scale = below + _log(self.log_z.sum_exp), torch.exp(-below) / self.log_z.sum_exp
@@ -116,7 +116,7 @@ class Tile:
         self.norms = [Norm(*each) for each in zip(*(t.unbind(0) for t in self.norm), strict=True)]
 
     def row_max(self, i: int) -> Tensor:
-        """What the policy's logits of block i were shifted by, [n]."""
+        """Row max [n] by which the policy's logits of block i were shifted."""
         return self._row_max[i, 0]
 
     def log_probabilities(self, i: int, index: Any = slice(None)) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ FAR = 60.0  # past it, p * exp(log(q/p)) has lost the digits of a p that is hard
 
 
 class Norm(NamedTuple):
-    """What makes probabilities of a block's shifted logits z (policy) and y (reference), [n] each.
+    """Normalisers of a block's shifted logits z (policy) and y (reference), [n] each.
 
     lp = z - log_z, p = scale * exp(z); lq = y - ref_log_z, q = ref_scale * exp(y); lq - lp = (y - z) - log_z_diff, with
     one rounding where ref_log_z - log_z has two.
@@ -40,7 +40,10 @@ class Norm(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Of a logit gradient, [n] each: p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q; None for 0."""
+    """A logit gradient's per-token coefficients, [n] each; None for 0.
+
+    The gradient is p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q.
+    """
 
     constant: Tensor
     of_lp: Tensor | None
@@ -49,7 +52,7 @@ class Coefficients(NamedTuple):
 
 
 class Workspace:
-    """What one worker writes to: scratch memory, and its part of the gradient of a tile's hidden states."""
+    """One worker's scratch memory, and its part of the gradient of a tile's hidden states."""
 
     def __init__(self, device: torch.device, memory: Tensor | None = None):
         self.device, self._memory = device, memory  # memory [SCRATCH, logits of a block]
@@ -170,7 +173,7 @@ class Factors(NamedTuple):
 
 
 def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[Factors]:
-    """Of every block, from norm [K, n]: computed at once, since small operations between large ones are slow."""
+    """Factors of every block, from norm [K, n]: at once, since small operations between large ones are slow."""
     constant, of_lp, of_diff, ref_p = coefficients
     # Multiplied with the scale first: a log may be huge where its probability is 0.
     one = constant * norm.scale

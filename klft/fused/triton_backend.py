@@ -204,7 +204,7 @@ def combine_sums(parts: Tensor, norm: Norm, names: tuple[str, ...]) -> Tensor:
 
 
 def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[tuple[Norm, Coefficients]]:
-    """Of every block: (its norm, the coefficients)."""
+    """(norm, coefficients) of every block."""
     return [(Norm(*each), coefficients) for each in zip(*norm, strict=True)]
 
 

@@ -74,8 +74,10 @@ def _written(folder: Path) -> float:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The folders named checkpoint-N, complete or not: last written first, so that a new run's 5 precedes an old 20."""
-    found = [(int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found, key=lambda f: (_written(f[1]), f[0]), reverse=True)]
+    numbered = [
+        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := _FOLDER.fullmatch(p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(numbered, key=lambda f: (_written(f[1]), f[0]), reverse=True)]
 
 
 def newest_complete(output_dir: Path) -> Path | None:
@@ -89,7 +91,7 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 
 def resume_hint(output_dir: Path) -> str:
-    """Where a stopped run can be taken up again."""
+    """A sentence that names the checkpoint to resume from."""
     good = newest_complete(output_dir)
     return f"The last good checkpoint is {good}." if good else "There is no checkpoint to go back to."
 
@@ -109,7 +111,7 @@ def read_state(folder: Path) -> dict:
 
 
 def differences(saved: dict, current: dict) -> list[str]:
-    """What changed between two flat dictionaries, as `name: saved -> current`."""
+    """Changes between two flat dictionaries, as `name: saved -> current`."""
     return [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in current.items() if saved.get(k) != v]
 
 
@@ -125,11 +127,11 @@ def resolve_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | No
         if problem:
             raise ValueError(f"cannot resume: {problem}")
         return Path(wanted)
-    found = newest_complete(output_dir)
-    if found is None:
+    newest = newest_complete(output_dir)
+    if newest is None:
         raise ValueError(f"cannot resume: there is no complete checkpoint in {output_dir}")
-    logger.warning(f"resuming from {found}")
-    return found
+    logger.warning(f"resuming from {newest}")
+    return newest
 
 
 @contextmanager

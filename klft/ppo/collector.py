@@ -27,7 +27,7 @@ from klft.shaping import finish_scores, weigh_scores
 
 @dataclass
 class RolloutCollector:
-    """What training and evaluation share. All fields are fixed; what changes is handed to `collect`."""
+    """The part of PPO that training and evaluation share. Fields are fixed; what changes is passed to `collect`."""
 
     args: PPOConfig
     accelerator: Accelerator

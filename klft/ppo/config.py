@@ -220,8 +220,8 @@ class PPOConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward functions."})
 
     def __post_init__(self):
-        found = {name: validate(getattr(self, name)) for name, validate in VALIDATORS.items()}
-        problems = [f"{name} {why}" for name, why in found.items() if why]
+        answers = {name: validate(getattr(self, name)) for name, validate in VALIDATORS.items()}
+        problems = [f"{name} {why}" for name, why in answers.items() if why]
         problems += self._contradictions() if not problems else []
         if problems:
             raise ValueError("PPOConfig: " + "; ".join(problems))
@@ -244,27 +244,27 @@ class PPOConfig(TrainingArguments):
             self.max_steps = math.ceil(self.total_episodes / self.episodes_per_rollout) * self.steps_per_rollout
 
     def _contradictions(self) -> list[str]:
-        found = []
+        problems = []
         steers = self.kl_controller != "fixed"
         if steers and self.kl_target is None:
-            found.append(f"kl_controller={self.kl_controller!r} needs kl_target, in nats per sequence")
+            problems.append(f"kl_controller={self.kl_controller!r} needs kl_target, in nats per sequence")
         if steers and self.kl_coef == 0:
-            found.append(f"kl_controller={self.kl_controller!r} multiplies kl_coef, so kl_coef=0 would stay 0")
+            problems.append(f"kl_controller={self.kl_controller!r} multiplies kl_coef, so kl_coef=0 would stay 0")
         if not steers and self.kl_target is not None:
-            found.append("kl_target would be ignored with kl_controller='fixed'; say kl_controller='adaptive'")
+            problems.append("kl_target would be ignored with kl_controller='fixed'; say kl_controller='adaptive'")
         if self.kl_controller != "adaptive" and self.kl_horizon != 10000:
-            found.append("kl_horizon would be ignored: only kl_controller='adaptive' has one")
+            problems.append("kl_horizon would be ignored: only kl_controller='adaptive' has one")
         try:
             check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
         except ValueError as error:
-            found.append(str(error))
+            problems.append(str(error))
         if self.total_episodes is not None and self.max_steps > 0:
-            found.append("total_episodes and max_steps say the same thing; give one of them")
+            problems.append("total_episodes and max_steps say the same thing; give one of them")
         if self.logging_nan_inf_filter:
-            found.append("logging_nan_inf_filter must be False: it would log a NaN loss as 0.0")
+            problems.append("logging_nan_inf_filter must be False: it would log a NaN loss as 0.0")
         if self.dataloader_num_workers:
-            found.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
-        return found
+            problems.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
+        return problems
 
     @staticmethod
     def resumed_fields() -> list[str]:
@@ -295,7 +295,7 @@ class PPOConfig(TrainingArguments):
         return self.steps_per_rollout * self.gradient_accumulation_steps
 
     def generation_config(self, eos_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
-        """How completions are sampled: the fields here, then `generation_kwargs` over them."""
+        """Sampling settings: the fields here, then `generation_kwargs` over them."""
         extra = self.generation_kwargs
         extra = json.loads(extra) if isinstance(extra, str) else dict(extra or {})
         own = {

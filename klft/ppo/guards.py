@@ -1,4 +1,4 @@
-"""What stops a run before it does harm, on every process at once and with one message."""
+"""Guards that stop a run before it does harm, on every process at once and with one message."""
 
 import traceback
 from collections.abc import Callable
@@ -32,11 +32,12 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
 
 def check_finite(logp: Tensor, mask: Tensor, rank: int) -> None:
     """Raise ValueError if the policy gave a token it sampled no finite log-probability."""
-    bad = (mask & ~logp.isfinite()).nonzero().tolist()
-    if bad:
+    nonfinite = (mask & ~logp.isfinite()).nonzero().tolist()
+    if nonfinite:
+        sample, position = nonfinite[0]
         raise ValueError(
-            f"the policy's logits are not finite on rank {rank}, sample {bad[0][0]}, completion position {bad[0][1]} "
-            f"({len(bad)} token(s) in all). Try another precision (bf16 or fp32) or a lower learning rate."
+            f"the policy's logits are not finite on rank {rank}, sample {sample}, completion position {position} "
+            f"({len(nonfinite)} token(s) in all). Try another precision (bf16 or fp32) or a lower learning rate."
         )
 
 

@@ -1,4 +1,4 @@
-"""What PPOTrainer is handed, made into what it trains with: model, tokenizer, reference, datasets, prompts' order."""
+"""PPOTrainer's arguments, checked and made into what it trains with: models, tokenizer, datasets, prompt order."""
 
 import copy
 from collections.abc import Callable

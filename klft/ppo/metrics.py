@@ -1,4 +1,4 @@
-"""What is logged, and how it is put together: every number is a global sum over a global count.
+"""Metrics of PPO: every number is a global sum over a global count.
 
 A `Table` holds what one or more rollouts generated, on all processes: one row per real token and one per completion.
 Metrics are computed from the table when the Trainer logs, so percentiles and maxima are those of everything since the
@@ -32,7 +32,7 @@ class Table:
 
     @staticmethod
     def join(tables: "list[Table]") -> "Table":
-        """Of several rollouts."""
+        """One table of several rollouts."""
         counts = torch.tensor([0, *(len(t.sequences) for t in tables)]).cumsum(0).tolist()
         return Table(
             torch.cat([t.tokens for t in tables]),
@@ -79,10 +79,10 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
         flat = TokenScores(**{name: t[counts] for name, t in scores.items()})
         metrics |= flat_metrics(flat, table.sequence[counts], column["weight"][counts])
         metrics["reward/total/mean"] = column["reward"].sum().item() / len(table.sequences)
-        everything = torch.ones_like(column["return"], dtype=torch.bool)
-        variance = masked_var(column["return"], everything)
+        all_tokens = torch.ones_like(column["return"], dtype=torch.bool)
+        variance = masked_var(column["return"], all_tokens)
         if variance > 0:
-            unexplained = masked_var(column["return"] - column["value"], everything)
+            unexplained = masked_var(column["return"] - column["value"], all_tokens)
             metrics["value/explained_variance"] = (1 - unexplained / variance).item()
     if len(table.sequences):
         score, terminated, length = table.sequences[:, :3].unbind(-1)

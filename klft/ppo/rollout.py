@@ -1,4 +1,4 @@
-"""One rollout: completions, what both models and the value function say of them, and the numbers its epochs need."""
+"""One rollout: completions, scores of both models, values, and the numbers that its epochs need."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -69,7 +69,7 @@ def forward_with_values(
 
 
 def reference_side(scorer: Scorer, completions: Completions) -> Predictions:
-    """What the reference predicts for the tokens of the completions."""
+    """The reference's predictions for the tokens of the completions."""
     after_last = torch.zeros_like(completions.mask[:, :1])
     return scorer.reference_side(*completions.inputs, torch.cat([completions.mask, after_last], 1))
 

@@ -17,7 +17,7 @@ def _zeros() -> dict[str, float]:
 
 @dataclass
 class Pending:
-    """What was measured since the last log: rollouts' tables, and what reward functions logged themselves, by name."""
+    """Measurements since the last log: rollouts' tables, and metrics that reward functions logged, by name."""
 
     tables: list[Table] = field(default_factory=list)
     logged: dict[str, list[float]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 The dataloader yields prompts; `training_step` makes a rollout when the last one is used up and otherwise takes the next
 micro-batch from it, so one optimizer step of the Trainer is one PPO minibatch: clipping, schedule, logging, saving,
-resuming and evaluation are the Trainer's. Absent on purpose: a loop of our own, a wrapper around the model.
+resuming and evaluation are the Trainer's. There is no training loop here and no wrapper around the model.
 """
 
 from pathlib import Path
@@ -329,7 +329,7 @@ class PPOTrainer(Trainer):
             return result
 
     def _run_settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that continues it."""
+        """Settings that must not change between a checkpoint and the run that continues it."""
         structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
         settings = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
         settings["reward_funcs"] = [reward_name(f) for f in self.reward_funcs]

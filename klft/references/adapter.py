@@ -51,7 +51,7 @@ class AdapterReference(ModelReference):
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        """Of the last `keep` positions (0: all)."""
+        """Logits of the last `keep` positions (0: all)."""
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
             return self.model(**inputs).logits[:, -keep:]

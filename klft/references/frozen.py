@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ModelReference:
-    """What references with a transformers model of their own have in common; `model` is nobody else's business."""
+    """Base of references that hold a transformers model; nothing outside reads `model`."""
 
     def __init__(self, model: Any):
         require_causal_lm(model, "reference")
@@ -55,7 +55,7 @@ class ModelReference:
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        """Of the last `keep` positions (0: all), on the device of input_ids."""
+        """Logits of the last `keep` positions (0: all), on the device of input_ids."""
         raise NotImplementedError
 
     def check_independent(self, policy: nn.Module) -> None:
@@ -112,7 +112,7 @@ class FrozenReference(ModelReference):
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        """Of the last `keep` positions (0: all), on the device of input_ids."""
+        """Logits of the last `keep` positions (0: all), on the device of input_ids."""
         with torch.no_grad():
             logits = self.model(**self._inputs(input_ids, attention_mask, keep)).logits
         return logits[:, -keep:].to(input_ids.device)

@@ -23,7 +23,7 @@ class Reference(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name in reports."""
         ...
 
     @property
@@ -43,13 +43,13 @@ class Reference(Protocol):
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        """Of the last `keep` positions (0: all), on the device of input_ids."""
+        """Logits of the last `keep` positions (0: all), on the device of input_ids."""
         ...
 
     def hidden(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> tuple[Float[Tensor, "B K D"], LMHead]:
-        """(what its head would read at the last `keep` positions, the head), on its own device; no logits are made.
+        """(hidden states that its head reads at the last `keep` positions, the head), on its own device; no logits.
 
         Raises TypeError where the head cannot be read: then ask for logits.
         """
@@ -64,7 +64,7 @@ class Reference(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to continue; empty for what never changes."""
+        """Everything a checkpoint must hold to continue; empty for what never changes."""
         ...
 
 

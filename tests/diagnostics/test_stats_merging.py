@@ -63,7 +63,7 @@ def test_a_large_table_is_read_in_parts_that_divide_no_sequence(monkeypatch):
     monkeypatch.setattr(Statistics, "_of", staticmethod(lambda t, *rest: calls.append(len(t)) or original(t, *rest)))
     for size in (1, 50, 333):
         calls.clear()
-        monkeypatch.setattr(module, "PART", size)
+        monkeypatch.setattr(module, "CHUNK", size)
         assert same(views(stats_of(rows)), whole)
         assert len(calls) == (60 if size == 1 else pytest.approx(len(rows) / size, rel=0.5))
         mixed = rows[::2] + rows[1::2]  # no sequence in one piece: not divided

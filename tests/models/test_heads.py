@@ -96,7 +96,7 @@ def test_head_and_hidden_states_give_the_models_own_logits_and_gradients(name):
     mine, found, head = read(model)
     assert (head.scale, head.softcap) == pytest.approx(FAMILIES[name][1])
     assert model not in heads._probed, "a class that klft knows needs no probe"
-    assert head.rows == V
+    assert head.vocab_size == V
     torch.testing.assert_close(mine, logits, rtol=tolerances[0], atol=tolerances[0])
     assert_same_gradients(found, theirs, tolerances[1])
 
@@ -239,10 +239,10 @@ def test_cut_and_narrow_keep_gradients_on_the_whole_weight():
     weight, bias = torch.randn(7, 4, requires_grad=True), torch.randn(7, requires_grad=True)
     hidden, head = torch.randn(3, 4), LMHead(weight, bias, 0.5, 2.0)
     cut = head.cut(5)
-    assert (cut.rows, cut.scale, cut.softcap) == (5, 0.5, 2.0)
+    assert (cut.vocab_size, cut.scale, cut.softcap) == (5, 0.5, 2.0)
     torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :5])
     part = head.narrow(VocabShard(2, 6, 7))
-    assert (part.rows, len(part.weight), part.shard) == (7, 4, VocabShard(2, 6, 7))
+    assert (part.vocab_size, len(part.weight), part.shard) == (7, 4, VocabShard(2, 6, 7))
     torch.testing.assert_close(part.logits(hidden), head.logits(hidden)[:, 2:6])
     part.logits(hidden).sum().backward()
     assert weight.grad[2:6].all()

@@ -196,11 +196,11 @@ def kl_gradients(way, family, model, reference):
     seen["head is a DTensor"] = isinstance(weight, DTensor)
     head = head or LMHead.from_model(model)
     if way == "ddp narrow":
-        head = head.narrow(VocabShard.even(head.rows, own_tokens=True))
+        head = head.narrow(VocabShard.even(head.vocab_size, own_tokens=True))
     with torch.no_grad(), hidden_states(reference) as ref_kept:
         reference(**inputs)
     ref_head = LMHead.from_model(reference)
-    seen |= {"rows here": len(head.weight), "rows": head.rows, "shard": head.shard is not None}
+    seen |= {"rows here": len(head.weight), "rows": head.vocab_size, "shard": head.shard is not None}
     if head.shard is not None:
         sides = kept.hidden[mask], head.cut(CUT), ref_kept.hidden[mask], ref_head.cut(CUT)
         seen["cut"] = linear_divergence(*sides, divergence="forward_kl").detach()
