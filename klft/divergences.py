@@ -1,8 +1,9 @@
 """Divergences between two next-token distributions: one table, and the dense functions on logits.
 
 p is the policy (trainable), q the reference (never gets a gradient); lp, lq are their log-probabilities and
-x = lq - lp. Every divergence is `finish(sum_v term(lp, lq))`. With `G = sum_v dterm_v`, dterm = dterm/dlp, the
-gradient in the policy's logits is `finish'(S) * (dterm_v - p_v * G)`. A divergence is therefore one row of
+x = lq - lp. A divergence is `finish(S)`, `S = sum_v term(lp, lq)`. With `G = sum_v dterm_v`, dterm = dterm/dlp, the
+gradient of S in the policy's logits is `dterm_v - p_v * G`; one whose `finish` is not the identity (renyi, of two sums)
+brings its own gradient. A divergence is therefore one row of
 `DIVERGENCES`; how the sum is taken (dense here, tile by tile, over ranks) is a backend's business.
 
 Terms are Bregman gaps: each is >= 0, and exactly 0 where lp = lq. In fp32 that keeps a KL of 5e-7 nats over 150,000
@@ -130,16 +131,16 @@ class Divergence:
         return self.total(lp, lq, *params) if self.total else self.term(lp, lq, *params).sum(-1)
 
     def logit_gradient(
-        self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float, slope: Tensor | None = None
+        self, lp: Tensor, lq: Tensor, totals: Tensor, *params: float, dterm_sum: Tensor | None = None
     ) -> Tensor:
         """d value / d logits: dterm_v - p_v * G. A row whose `finish` changes the sum brings its own.
 
-        `slope` is G [*] where lp and lq hold only a part of the vocabulary; `merge` is how the parts' totals add up.
+        `dterm_sum` is G [*] where lp and lq hold only part of the vocabulary; `merge` is how the parts' totals add up.
         """
         if self.gradient:
             return self.gradient(lp, lq, totals, *params)
         d = self.dterm(lp, lq, *params)
-        return d - lp.exp() * (d.sum(-1) if slope is None else slope)[..., None]
+        return d - lp.exp() * (d.sum(-1) if dterm_sum is None else dterm_sum)[..., None]
 
 
 def _jsd_term(lp: Tensor, lq: Tensor, b: float) -> Tensor:

@@ -7,17 +7,29 @@ Two ways to shard the vocabulary over W processes:
 - data parallel (`own_tokens=True`): every process has tokens of its own and V/W rows; hidden states are
   all-gathered, gradients reduce-scattered. That saves the head's memory, not the logits': tiles save those.
 
-Per tile of tokens two all-gathers: the shards' log-sum-exps, then their sums. Gradients are written by hand:
-`torch.distributed.nn`'s collectives would make them W times too large here.
+Per tile of tokens two small all-gathers (the shards' log-sum-exps, then their sums), and with own_tokens the tokens'
+hidden states: klft/fused/functions.py lists them. Gradients are written by hand: the backward of
+`torch.distributed.nn`'s all_reduce sums what is equal on all ranks, W times too large under tensor parallelism.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+
+@runtime_checkable
+class HasDeviceMesh(Protocol):
+    """An accelerate.Accelerator, or whatever else has a mesh."""
+
+    @property
+    def torch_device_mesh(self) -> DeviceMesh | None:
+        """Its dimensions by name, "tp" among them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class VocabShard:
         return cls(start, min(start + size, vocab_size), vocab_size, group, own_tokens)
 
     @classmethod
-    def from_mesh(cls, vocab_size: int, mesh: Any, own_tokens: bool = False) -> "VocabShard":
+    def from_mesh(cls, vocab_size: int, mesh: DeviceMesh, own_tokens: bool = False) -> "VocabShard":
         """An even split over a 1-D DeviceMesh. ValueError for more dimensions: name the one to use, `mesh["tp"]`."""
         if mesh.ndim != 1:
             raise ValueError(f"VocabShard.from_mesh: a 1-D mesh is expected, got {mesh}; pick a dimension: mesh['tp']")
@@ -68,7 +80,7 @@ class VocabShard:
         return cls.from_mesh(weight.shape[0], weight.device_mesh, own_tokens)
 
     @classmethod
-    def from_accelerator(cls, vocab_size: int, accelerator: Any) -> "VocabShard":
+    def from_accelerator(cls, vocab_size: int, accelerator: HasDeviceMesh) -> "VocabShard":
         """Over the tensor-parallel group if `accelerate.Accelerator` has one, otherwise over the data-parallel one."""
         mesh = accelerator.torch_device_mesh
         if mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1:

@@ -9,12 +9,19 @@
 A head is a klft.heads.LMHead, whole or this process's rows (klft.sharding). All are differentiable in `hidden`,
 `head.weight` and `head.bias`, never on the reference's side. The first two recompute their tiles in the backward;
 `fused_token_loss` takes the gradient while the tile is there: four matrix products in all.
+
+Over processes all ranks of the head's group call together. Under tensor parallelism they hold the same loss; with
+data-parallel tokens (`VocabShard.own_tokens`) each gets its own tokens' result, and gradients are those of the sum of
+the ranks' losses. An error about one rank's input is raised on that rank, before its first collective: the others wait
+until the process group times out.
+
 On a CPU several Python threads share the work; a FLOP counter or a profiler that watches only its own thread sees all
 of it under torch.set_num_threads(1).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,33 +94,42 @@ def plan_of(
     n = hidden.shape[0] if token_ids is None else token_ids.shape[0]
     _check_hidden(hidden, head, "the policy", n)
     if token_ids is None:
-        token_ids = torch.zeros(n, dtype=torch.long, device=hidden.device)
+        token_ids = torch.full((n,), -1, device=hidden.device)  # no token's logp is asked for
     else:
         _check_ids(token_ids, head.vocab_size)
     policy, reference = ModelSide(hidden, head, temperature), None
     if ref_hidden is not None and ref_head is not None:
         _check_hidden(ref_hidden, ref_head, "the reference", n)
         reference = ModelSide(ref_hidden, _same_rows(head, ref_head), temperature, policy.acc_dtype)
-    wants_grad = hidden.requires_grad and torch.is_grad_enabled()
+    wants_grad = [
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, head.weight, head.bias)
+    ]
     return make_plan(
         policy, reference, token_ids, Collectives(head.shard), _backend(backend, hidden.device), wants_grad
     )
+
+
+def _ordinary(t: Tensor) -> Tensor:
+    """A copy of what was made in inference mode, as rollouts often are: autograd saves no such tensor."""
+    return t.clone() if t.is_inference() else t
 
 
 def _same_rows(head: LMHead, ref_head: LMHead) -> LMHead:
     """The reference's head with the same rows as the policy's."""
     if ref_head.vocab_size != head.vocab_size:
         raise ValueError(
-            f"the policy's head has {head.vocab_size} rows, the reference's {ref_head.vocab_size}: cut both to the ids they share, "
-            f"head.cut({min(head.vocab_size, ref_head.vocab_size)})"
+            f"the policy's head has {head.vocab_size} rows, the reference's {ref_head.vocab_size}: cut both to the ids "
+            f"they share, head.cut({min(head.vocab_size, ref_head.vocab_size)})"
         )
+    if ref_head.shard is not None and ref_head.shard.world == 1:
+        ref_head = replace(ref_head, shard=None)
     if head.shard is None and ref_head.shard is None:
         return ref_head
     if head.shard is None:
         raise ValueError("the reference's head is split over processes and the policy's is not: split both, or neither")
     if ref_head.shard is None:
         return ref_head.narrow(head.shard)
-    if (ref_head.shard.start, ref_head.shard.stop) != (head.shard.start, head.shard.stop):
+    if replace(ref_head.shard, group=None) != replace(head.shard, group=None):
         raise ValueError(f"the heads are split differently: {head.shard} and {ref_head.shard}")
     return ref_head
 
@@ -134,6 +150,7 @@ def token_scores(
     entropy (and top_ids, top_p) are there. With `top_k` both models' k most likely tokens and their probabilities.
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
     """
+    hidden = _ordinary(hidden)
     plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
     if not 0 <= top_k <= head.vocab_size:
         raise ValueError(f"token_scores: top_k must lie in 0..{head.vocab_size} (the vocabulary), got {top_k}")
@@ -169,6 +186,11 @@ def linear_divergence(
     Raises ValueError for an unknown name or a parameter that the dense function refuses, TypeError for one it has not.
     """
     _, values = find_divergence(divergence, params)
+    hidden = _ordinary(hidden)
+    if divergence not in EXACT:
+        # Formulas of klft.divergences on a block, in torch on every device: Triton's blocks would be whole tiles.
+        _backend(backend, hidden.device)
+        backend = "torch"
     plan = plan_of(hidden, head, None, ref_hidden, ref_head, temperature, backend)
     if divergence in EXACT:
         (result,) = Scores.apply(hidden, head.weight, head.bias, plan, (divergence,), -1)  # pyright: ignore
@@ -198,6 +220,7 @@ def fused_token_loss(
     Values in nats where the scores are. A second backward (retain_graph) runs loss_fn again. Raises ValueError where a
     gradient would be lost, and for what token_scores refuses.
     """
+    hidden = _ordinary(hidden)
     plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
     for t in per_token:
         if t.requires_grad or len(t) != len(token_ids):
@@ -205,8 +228,7 @@ def fused_token_loss(
                 f"fused_token_loss: per_token tensors are constants with one entry per token ({len(token_ids)}), got "
                 f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
             )
-    # torch would not let loss_fn multiply by a tensor made in inference mode, as rollouts often are.
-    constants = tuple(t.clone() if t.is_inference() else t for t in per_token)
+    constants = tuple(map(_ordinary, per_token))
     leaves = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
         leaves = tuple(None if t is None else t.detach() for t in leaves)

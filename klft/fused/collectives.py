@@ -4,6 +4,8 @@ Two kinds of sharding (klft.sharding): tensor parallel, where all ranks score th
 (`dp_tokens`), where each rank has tokens of its own and a tile holds the tokens of all of them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,23 +16,38 @@ class Collectives:
     """The collectives of one call. Without a shard (None, or a group of one) nothing is sent."""
 
     def __init__(self, shard: VocabShard | None):
+        if shard is not None and shard.world == 1 and (shard.start, shard.stop) != (0, shard.vocab_size):
+            raise ValueError(
+                f"{shard} leaves out rows of the vocabulary, and its group has no other process to hold them"
+            )
         self.shard = None if shard is None or shard.world == 1 else shard
         self.dp_tokens = self.shard is not None and self.shard.own_tokens
         self.ranks = self.shard.world if self.shard is not None and self.dp_tokens else 1  # whose tokens a tile holds
 
-    def agree(self, tokens: int, wants_grad: bool, device: torch.device) -> tuple[int, bool]:
-        """(most tokens of any rank, whether any rank wants hidden's gradient), so that all make the same tiles."""
+    def agree(self, tokens: int, wants_grad: Sequence[bool], device: torch.device) -> tuple[int, bool]:
+        """(most tokens of any rank, whether any rank wants hidden's gradient), so that all make the same tiles.
+
+        wants_grad: whether hidden, weight and bias ask for a gradient here. One all-gather, data-parallel tokens only.
+        Raises ValueError, on every rank, where some would run a backward and others not: those would wait for ever.
+        """
         if self.shard is None or not self.dp_tokens:
-            return tokens, wants_grad
-        most = self.shard.all_gather(torch.tensor([tokens, wants_grad], device=device)).amax(0).tolist()
-        return most[0], bool(most[1])
+            return tokens, wants_grad[0]
+        ranks = self.shard.all_gather(torch.tensor([tokens, *wants_grad], device=device)).tolist()
+        wants = [rank[1:] for rank in ranks]
+        if any(map(any, wants)) and not (all(map(any, wants)) and all(w[1:] == wants[0][1:] for w in wants)):
+            raise ValueError(
+                "over data-parallel ranks all must take part in the backward. Whether hidden, weight and bias require "
+                f"a gradient, rank by rank: {[tuple(map(bool, w)) for w in wants]}. Let the head require one on all "
+                "ranks or on none, and hidden on all."
+            )
+        return max(rank[0] for rank in ranks), any(w[0] for w in wants)
 
     def all_gather(self, t: Tensor) -> Tensor:
-        """[*] -> [shards, *]: what each shard of the vocabulary has to say."""
+        """[*] -> [shards, *], in rank order."""
         return t[None] if self.shard is None else self.shard.all_gather(t)
 
     def all_gather_tokens(self, t: Tensor, chunk_size: int) -> Tensor:
-        """All-gather a per-token tensor: [n, *] -> [ranks * chunk_size, *], zero-padded. No-op unless dp_tokens."""
+        """All-gather per-token tensors: [tokens, *] -> [ranks * chunk_size, *], zero-padded. No-op unless dp_tokens."""
         if self.shard is None or not self.dp_tokens:
             return t
         padded = t.new_zeros(chunk_size, *t.shape[1:])

@@ -1,18 +1,29 @@
 """The torch.autograd.Functions behind klft.fused.api, and how a loss is taken chunk by chunk.
 
-All three walk over the plan's chunks. Of a chunk they make a Tile (both models' logits), read what is asked, and take a
-logit gradient dz back through the head:
+All three walk over the plan's chunks. Of a chunk they make a Tile (both models' logits), read what is asked, and
+backpropagate dz = d loss / d (hidden @ weight.T) through the head:
 
     grad_hidden = dz @ weight            over shards: summed (all-reduce, or reduce-scatter with data-parallel tokens)
     grad_weight = dz.T @ hidden          of this process's rows only: no collective
     grad_bias   = dz.sum over tokens     likewise
 
 Scores and DivergencePerToken recompute the tile in their backward. TokenLoss takes the gradient in its forward, while
-the tile is there: four matrix products instead of six.
+the tile is there: four matrix products instead of six. Gradients are accumulated in acc_dtype; autograd casts what a
+backward returns to the parameter's dtype.
+
+Collectives, per chunk unless it says otherwise:
+    making a tile   all-gather of its log-sum-exps and sampled logits [4, M, n], in the first pass only; with
+                    data-parallel tokens each pass gathers hidden, ref_hidden and token ids before (M + 1 all-gathers)
+    reading values  one all-gather of their sums; one more per score where the fallback was needed; top_k two per model
+    gradient        one all-gather per score where the fallback was needed; with data-parallel tokens the all-gather of
+                    d loss / d score and the reduce-scatter of grad_hidden; under tensor parallelism grad_hidden's
+                    all-reduce after the last chunk
+TokenLoss has all of them in its forward.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +40,7 @@ def _cat(parts: list[Tensor], plan: FusedPlan) -> Tensor:
 
 
 class Scores(torch.autograd.Function):
-    """The named scores [N] each; with top_k >= 0 also (log-probabilities, ids) [N, max(top_k, 1)] of each model.
-
-    Collectives per chunk: forward two (log-sum-exps with sampled logits, then sums) and two more per model for top_k;
-    backward the factors' gather and grad_hidden's reduce-scatter (data-parallel tokens); after the last chunk
-    grad_hidden's all-reduce (tensor parallel).
-    """
+    """The named scores [N] each; with top_k >= 0 also (log-probabilities, ids) [N, max(top_k, 1)] of each model."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, plan: FusedPlan, names: tuple[str, ...], top_k: int):
@@ -46,7 +52,7 @@ class Scores(torch.autograd.Function):
             tile = Tile(plan, chunk, workspaces)
             top = tile.top_k(max(top_k, 1)) if top_k >= 0 else []
             tile.measure(names)
-            # What the backward needs of this tile: small, and it saves the collectives.
+            # What the backward needs of this tile: a few numbers per token, and it saves two collectives.
             ctx.saved.append((tile.log_z, tile.values, tile.nonfinite))
             values = tile.values | {"logp": tile.logp, "ref_logp": tile.ref_logp}
             scores.append([plan.local(values[name], chunk) for name in names])  # pyright: ignore
@@ -86,18 +92,19 @@ def _add_scores(gradients: Gradients, tile: Tile, chunk: slice, g: dict[str, Ten
 
 
 class DivergencePerToken(torch.autograd.Function):
-    """One row of klft.divergences.DIVERGENCES, [N]. Collectives as those of Scores."""
+    """One divergence of klft.divergences.DIVERGENCES, [N]."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, plan: FusedPlan, name: str, params: tuple[float, ...]):
         ctx.save_for_backward(hidden, weight, bias, *plan.constants())
-        ctx.plan, ctx.row, ctx.params, ctx.saved = plan, DIVERGENCES[name], params, []
+        divergence = DIVERGENCES[name]
+        ctx.plan, ctx.divergence, ctx.params, ctx.saved = plan, divergence, params, []
         workspaces, parts = plan.workspaces(), []
         for chunk in plan.chunks:
             tile = Tile(plan, chunk, workspaces)
-            totals, slope = tile.totals(ctx.row, params)
-            ctx.saved.append((tile.log_z, totals, slope))
-            parts.append(plan.local(ctx.row.finish(totals, *params), chunk))
+            totals, dterm_sum = tile.totals(divergence, params)
+            ctx.saved.append((tile.log_z, totals, dterm_sum))
+            parts.append(plan.local(divergence.finish(totals, *params), chunk))
         plan.free()
         return _cat(parts, plan)
 
@@ -107,10 +114,11 @@ class DivergencePerToken(torch.autograd.Function):
         _ = ctx.saved_tensors
         plan: FusedPlan = ctx.plan
         gradients, workspaces = Gradients(plan, *ctx.needs_input_grad[:3]), plan.workspaces()
-        for chunk, (log_z, totals, slope) in zip(plan.chunks, ctx.saved, strict=True):
+        for chunk, (log_z, totals, dterm_sum) in zip(plan.chunks, ctx.saved, strict=True):
             tile = Tile(plan, chunk, workspaces, log_z)
             g = plan.comm.all_gather_factors({"g": grad_output[chunk]}, plan.geometry.chunk_size)["g"]
-            gradients.add_tile(tile, chunk, DivergenceGradient(tile, ctx.row, ctx.params, totals, slope, g), g == 0)
+            dz = DivergenceGradient(tile, ctx.divergence, ctx.params, totals, dterm_sum, g)
+            gradients.add_tile(tile, chunk, dz, zero_grad=g == 0)
         grads = gradients.finish()
         plan.free()
         return *grads, None, None, None
@@ -123,16 +131,24 @@ class ChunkScores:
     """A chunk's TokenScores [n] each, computed when first read: a loss pays for what it uses.
 
     Over shards all are computed at once: ranks whose losses read different scores must meet in the same collectives.
+    After its chunk it raises: the next chunk's logits lie in the same memory.
     """
 
     def __init__(self, tile: Tile, chunk: slice):
-        self._tile, self._chunk = tile, chunk
+        self._tile: Any = tile  # None once the chunk is done
+        self._chunk = chunk
         self._leaves: dict[str, Tensor] = {}
         if tile.plan.comm.shard is not None:
             tile.measure(EXACT if tile.plan.reference is not None else EXACT[:1])
 
     def __getattr__(self, name: str) -> Tensor:
-        tile, plan = self._tile, self._tile.plan
+        tile = self._tile
+        if tile is None:
+            raise RuntimeError(
+                f"fused_token_loss: {name} was read after loss_fn had returned; keep the tensors you need "
+                f"(kept = scores.{name}.detach()), not the scores"
+            )
+        plan = tile.plan
         if name in ("logp", "ref_logp"):
             value = getattr(tile, name)
         elif name in EXACT and (plan.reference is not None or name == "entropy"):
@@ -162,6 +178,10 @@ class ChunkScores:
             names = DIFFERENTIABLE if plan.reference is not None else DIFFERENTIABLE[:2]
             g = {name: g.get(name, zeros) for name in names}
         return plan.comm.all_gather_factors(g, plan.geometry.chunk_size)
+
+    def close(self) -> None:
+        """The tile's memory is about to be used again."""
+        self._tile = None
 
 
 def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
@@ -207,15 +227,17 @@ def loss_and_gradients(
             g = scores.gradients(loss, factor)
             if g:
                 _add_scores(gradients, tile, chunk, g)
+        scores.close()
     grads = gradients.finish()
     plan.free()
     return total, grads
 
 
 class TokenLoss(torch.autograd.Function):
-    """The sum of loss_fn over chunks; its gradients, made in the forward, wait for the backward.
+    """The sum of loss_fn over this rank's chunks; its gradients, made in the forward, wait for the backward.
 
-    The backward's one collective (data-parallel tokens only) asks whether all ranks weigh their losses alike.
+    With data-parallel tokens the backward all-gathers grad_output: the rows' gradient holds every rank's tokens, so
+    where ranks weigh their losses differently all is done again, each with its factor.
     """
 
     @staticmethod
@@ -230,13 +252,16 @@ class TokenLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         comm = ctx.plan.comm
-        factors = comm.all_gather(grad_output) if comm.dp_tokens else grad_output[None]
-        if ctx.grads is None or not bool((factors == factors[0]).all()):
+        again = ctx.grads is None
+        if comm.dp_tokens:
+            grad_outputs = comm.all_gather(grad_output)
+            again |= not bool((grad_outputs == grad_outputs[0]).all())
+        if again:
             # A second backward; or ranks that weigh their losses differently, which the rows' gradient must know.
             _, ctx.grads = ctx.saved_tensors, None
             return *ctx.again(factor=grad_output)[1], None, None, None
         # Handed over, not kept: the weight's gradient is the largest thing here. A second backward makes it anew.
         grads, ctx.grads = ctx.grads, None
-        if grad_output.is_cuda or grad_output.item() != 1:  # asking a GPU would cost more than multiplying
+        if grad_output.is_cuda or grad_output.item() != 1:  # .item() would have the CPU wait for the GPU
             grads = [None if g is None else g.mul_(grad_output) for g in grads]
         return *grads, None, None, None

@@ -33,9 +33,9 @@ class Gradients:
     def add_tile(
         self, tile: Tile, chunk: slice, block_gradient: Callable[[int, Any], Tensor], zero_grad: Tensor
     ) -> None:
-        """Send a tile's logit gradient back through the head, block by block.
+        """Backpropagate a tile's gradient through the head, block by block.
 
-        block_gradient: (block number, workspace) -> d loss / d (hidden @ weight.T) of the block, [n, rows].
+        block_gradient: (block number, workspace) -> dz = d loss / d (hidden @ weight.T) of the block, [n, rows].
         zero_grad [n]: tokens whose gradient is 0; their hidden states may be NaN or infinite.
         """
         plan, side, hidden = self.plan, self.plan.policy, tile.hidden[0]

@@ -1,18 +1,22 @@
 """One model of the pair: its matrix products, from hidden states to the logits of a vocabulary block and back."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from klft.heads import LMHead
 
 
 class ModelSide:
-    """Hidden states [N, D] and this process's rows of the head [v, D], cast once to what is multiplied.
+    """Hidden states [N, D] and this process's rows of the head [v, D], in the dtype they are multiplied in on a GPU.
 
-    acc_dtype: what products are accumulated in, and logits held in: fp32, or fp64 where an input is.
+    acc_dtype: what products are accumulated in, and logits held in: fp32, or fp64 where the policy's hidden states or
+    weight are; the reference takes the policy's.
     """
 
-    def __init__(self, hidden: Tensor, head: LMHead, temperature: float, acc_dtype: torch.dtype | None = None):
+    def __init__(
+        self, hidden: Float[Tensor, "N D"], head: LMHead, temperature: float, acc_dtype: torch.dtype | None = None
+    ):
         device = hidden.device.type
         self.dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
         if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
@@ -27,11 +31,11 @@ class ModelSide:
         self._buffer: Tensor | None = None
 
     @property
-    def slope(self) -> float:
-        """d logit / d (hidden @ weight.T), without the softcap's own derivative."""
+    def logit_scale(self) -> float:
+        """scale / temperature: d logit / d (hidden @ weight.T), without the softcap's own derivative."""
         return self.scale / self.temperature
 
-    def tile(self, n: int, vocab_major: bool) -> Tensor:
+    def tile(self, n: int, vocab_major: bool) -> Float[Tensor, "n v"]:
         """Uninitialised logits [n, v], in the same memory at every call.
 
         vocab_major: laid out as [v, n], so that a vocabulary block is one contiguous piece, which a CPU multiplies
@@ -48,14 +52,14 @@ class ModelSide:
         """Release the tile's memory."""
         self._buffer = None
 
-    def operand(self, hidden: Tensor) -> Tensor:
+    def operand(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         """Hidden states of a tile in the dtype in which they are multiplied."""
         return hidden if self._mixed else hidden.to(self.acc_dtype)
 
-    def logits_(self, hidden: Tensor, rows: slice, z: Tensor) -> None:
+    def logits_(self, hidden: Float[Tensor, "n D"], rows: slice, z: Float[Tensor, "n rows"]) -> None:
         """Write the logits of some vocabulary rows into z [n, rows]; hidden [n, D] as `operand` gives it."""
         # Without a softcap, fold scale / temperature into the GEMM's alpha.
-        alpha = 1.0 if self.softcap else self.slope
+        alpha = 1.0 if self.softcap else self.logit_scale
         if self._mixed:
             out = z if z.is_contiguous() else None
             product = torch.mm(hidden, self.weight[rows].t(), out_dtype=torch.float32, out=out)  # pyright: ignore
@@ -67,21 +71,25 @@ class ModelSide:
         if self.softcap:
             z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def softcap_grad(self, z: Tensor, row_max: Tensor) -> Tensor | None:
+    def softcap_grad(self, z: Float[Tensor, "n rows"], row_max: Float[Tensor, "n"]) -> Float[Tensor, "n rows"] | None:
         """Derivative of the softcap [n, rows], from logits z that were shifted by row_max [n]. None without one."""
         if not self.softcap:
             return None
         tanh = (z + row_max[:, None]).mul_(self.temperature / self.softcap)
         return tanh.square_().neg_().add_(1)
 
-    def grad_weight_(self, grad: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    def grad_weight_(
+        self, grad: Float[Tensor, "rows D"], dz: Float[Tensor, "n rows"], hidden: Float[Tensor, "n D"]
+    ) -> None:
         """grad [rows, D] += dz.T @ hidden."""
         if self._mixed:
             torch.addmm(grad, dz.t(), hidden, out_dtype=torch.float32, out=grad)  # pyright: ignore
         else:
             grad.addmm_(dz.t(), hidden)
 
-    def grad_hidden(self, so_far: Tensor | None, dz: Tensor, rows: slice) -> Tensor:
+    def grad_hidden(
+        self, so_far: Float[Tensor, "n D"] | None, dz: Float[Tensor, "n rows"], rows: slice
+    ) -> Float[Tensor, "n D"]:
         """so_far [n, D] (None: zeros) plus dz @ weight[rows]."""
         if self._mixed:
             product = torch.mm(dz, self.weight[rows], out_dtype=torch.float32)  # pyright: ignore
@@ -90,5 +98,5 @@ class ModelSide:
         return torch.mm(dz, weight) if so_far is None else so_far.addmm_(dz, weight)
 
     def as_factor(self, dz: Tensor) -> Tensor:
-        """A logit gradient in the dtype in which it is multiplied."""
+        """d loss / d (hidden @ weight.T) of a block in the dtype in which it is multiplied."""
         return dz.to(self.dtype) if self._mixed else dz

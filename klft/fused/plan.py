@@ -1,8 +1,9 @@
-"""FusedPlan: the two models, and how tokens and vocabulary rows are cut. It holds no logits and sends nothing.
+"""FusedPlan: the two models, how tokens and vocabulary rows are cut, who is asked and who computes.
 
 Cutting does not change a result; it decides what lies in memory (a tile) and in the cache (a block).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ LIMITS = {"cpu": Limits(5 << 23, 512, 1 << 18), "gpu": Limits(1 << 28, 1 << 14, 
 
 @dataclass(frozen=True)
 class Geometry:
-    """chunks: ranges of this process's tokens, chunk_size the longest. vocab_blocks: ranges of its vocabulary rows."""
+    """chunks: ranges of this process's tokens, chunk_size the longest. vocab_blocks: ranges of its vocabulary rows.
+
+    With data-parallel tokens all ranks have as many chunks; a rank with fewer tokens has short or empty ones.
+    """
 
     chunk_size: int
     chunks: list[slice]
@@ -36,7 +40,11 @@ class Geometry:
 
     @classmethod
     def cut(cls, tokens: int, rows: int, largest_shard: int, ranks: int, limits: Limits, backend: Any) -> "Geometry":
-        """`tokens`: of the rank that has most; `ranks`: whose tokens a tile holds. All ranks cut alike."""
+        """`tokens`: of the rank that has most; `ranks`: whose tokens a tile holds. Chunks are alike on all ranks.
+
+        largest_shard bounds a tile's memory: chunks are cut by it. A head that was cut to fewer ids may have a shard
+        that is a little larger than V / world.
+        """
         most = max(1, min(limits.tile_logits // max(1, largest_shard), limits.chunk_tokens) // ranks)
         # Equal chunks, not full ones and a remainder: some sizes in between multiply badly.
         chunk_size = -(-tokens // -(-tokens // most)) if tokens else 1
@@ -108,14 +116,17 @@ def make_plan(
     token_ids: Tensor,
     comm: Collectives,
     backend: Any,
-    wants_grad: bool,
+    wants_grad: Sequence[bool],
     limits: Limits | None = None,
 ) -> FusedPlan:
-    """Cut the work. With data-parallel tokens one collective: every rank must make as many tiles as the others."""
+    """Cut the work; wants_grad: of hidden, weight and bias, here.
+
+    With data-parallel tokens one collective: every rank must make as many tiles as the others.
+    """
     device = token_ids.device
-    tokens, wants_grad = comm.agree(len(token_ids), wants_grad, device)
+    tokens, any_wants_grad = comm.agree(len(token_ids), wants_grad, device)
     rows = len(policy.weight)
     largest_shard = max(1, rows if comm.shard is None else -(-comm.shard.vocab_size // comm.shard.world))
     limits = limits or LIMITS["cpu" if device.type == "cpu" else "gpu"]
     geometry = Geometry.cut(tokens, rows, largest_shard, comm.ranks, limits, backend)
-    return FusedPlan(policy, reference, token_ids, comm, geometry, backend, wants_grad)
+    return FusedPlan(policy, reference, token_ids, comm, geometry, backend, any_wants_grad)

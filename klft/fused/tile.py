@@ -1,8 +1,8 @@
 """A tile: the logits of one chunk of tokens under both models, and what is read off them.
 
-Every method goes through the tile block by block (plan.for_each_block), then puts the blocks of this process together,
-then those of the other shards (one collective). Per-token results are over the whole vocabulary; with data-parallel
-tokens they are of every rank's tokens, [ranks * chunk_size].
+Methods that read values go through the tile block by block (plan.for_each_block), then put the blocks of this process
+together, then those of the other shards (one all-gather each; top_k two per model). Per-token results are over the
+whole vocabulary; with data-parallel tokens they are of every rank's tokens, [ranks * chunk_size].
 """
 
 import itertools
@@ -27,9 +27,10 @@ class LogZ(NamedTuple):
 
 
 class Tile:
-    """n tokens' logits under both models, over the vocabulary rows of this process, shifted by a max per row.
+    """n tokens' logits under both models, over the vocabulary rows of this process, each token's shifted by a maximum.
 
-    log_z: from an earlier pass over the same chunk; then no collective is needed, and there is no logp.
+    In the first pass that maximum is each block's own, later the whole vocabulary's: Norm and `norms` know which.
+    log_z: from an earlier pass over the same chunk; then nobody is asked for log-sum-exps, and there is no logp.
 
     Attributes: hidden [n, D] per model; token_ids [n], relative to this process's first row; z, y [n, v]: logits of
     policy and reference (the policy's twice if it is alone); logp, ref_logp [n]; values: the exact quantities by name,
@@ -43,7 +44,8 @@ class Tile:
         self.token_ids = plan.comm.all_gather_tokens(plan.token_ids[chunk], size) - plan.first_row
         logits = [side.tile(len(self.token_ids), plan.backend.VOCAB_MAJOR) for side in plan.sides]
         self.z, self.y = logits[0], logits[-1]
-        self.is_local = (self.token_ids >= 0) & (self.token_ids < self.z.shape[1])  # whose row lives here
+        # Tokens whose vocabulary row lives on this process.
+        self.is_local = (self.token_ids >= 0) & (self.token_ids < self.z.shape[1])
         blocks = [t.split(plan.geometry.block_size, 1) for t in logits]
         self.z_blocks, self.y_blocks = blocks[0], blocks[-1]
         self.logp = self.ref_logp = None
@@ -95,7 +97,7 @@ class Tile:
         return log_z, row_max
 
     def _sampled_logits(self, row_max: Tensor) -> Tensor:
-        """[M, n]: the sampled token's logit under each model, where its row lives here; anything elsewhere."""
+        """[M, n]: the sampled token's logit under each model, where its row lives here, else 0."""
         if self.z.shape[1] == 0:
             return row_max.new_zeros(row_max.shape[1:])
         ids = self.token_ids.clamp(0, self.z.shape[1] - 1)
@@ -106,7 +108,7 @@ class Tile:
 
     def _set_norm(self, row_max: Tensor) -> None:
         """Set `norm` and `norms` from the blocks' row max [K, M, n]."""
-        # Below 0 only where a block has no finite logit: its exponentials, 0, need a scale that is a number.
+        # Clamped for blocks without a finite logit only: their exponentials, 0, need a scale that is a number.
         below = (self.log_z.row_max - row_max).clamp(min=0)
         log_z, scale = below + _log(self.log_z.sum_exp), torch.exp(-below) / self.log_z.sum_exp
         # Not the difference of the logs: their roundings would shift the whole row.
@@ -141,35 +143,39 @@ class Tile:
         self.plan.for_each_block(sum_block, self.workspaces)
         values = self.plan.comm.all_gather(backend.combine_sums(parts, self.norm, names)).sum(0)
         nonfinite = ~values.isfinite().all(0)
-        # A suppressed token (-inf) or NaN: the rows of klft.divergences know the limits.
+        # The fallback: for a suppressed id (-inf), a far tail or NaN the terms of klft.divergences know the limits.
         if bool(nonfinite.any()):
             index = nonfinite.nonzero().squeeze(1)
             for name, value in zip(names, values, strict=True):
-                row = DIVERGENCES[name.removeprefix("ref_")]
-                value[index] = row.finish(self.totals(row, (), index, of_reference=name == "ref_entropy")[0])
+                divergence = DIVERGENCES[name.removeprefix("ref_")]
+                totals, _ = self.totals(divergence, (), index, of_reference=name == "ref_entropy")
+                value[index] = divergence.finish(totals)
             self.nonfinite |= nonfinite
         self.values.update(zip(names, values, strict=True))
 
     def totals(
-        self, row: Divergence, params: tuple[float, ...], index: Any = slice(None), of_reference: bool = False
+        self, divergence: Divergence, params: tuple[float, ...], index: Any = slice(None), of_reference: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(what row.finish reads, its slope G [n]) over the whole vocabulary, for the tokens of index."""
+        """(what divergence.finish reads, G = sum of dterm [n]) over the whole vocabulary, for the tokens of index."""
 
-        def merge(parts: Tensor) -> Tensor:  # [parts, totals and slope, n]
-            totals = row.merge(parts[:, :-1]) if row.total else parts[:, :-1].sum(0)
-            return torch.cat([totals, parts[:, -1:].sum(0)])
+        def merge(parts: Tensor) -> Tensor:  # [parts, totals and G, n]
+            return torch.cat([divergence.merge(parts[:, :-1]), parts[:, -1:].sum(0)])
 
         blocks: list[Any] = [None] * len(self.z_blocks)
 
         def sum_block(i: int, _workspace: Any) -> None:
             lp, lq = self.log_probabilities(i, index)
             lp = lq if of_reference else lp
-            totals = row.totals(lp, lq, *params).view(-1, len(lp))
-            blocks[i] = torch.cat([totals, row.dterm(lp, lq, *params).sum(-1)[None]])
+            totals = divergence.totals(lp, lq, *params).view(-1, len(lp))
+            if divergence.gradient:  # its own, which does not read G
+                dterm_sum = torch.zeros_like(totals[0])
+            else:
+                dterm_sum = divergence.dterm(lp, lq, *params).sum(-1)
+            blocks[i] = torch.cat([totals, dterm_sum[None]])
 
         self.plan.for_each_block(sum_block, self.workspaces)
         merged = merge(self.plan.comm.all_gather(merge(torch.stack(blocks))))
-        return merged[:-1] if row.total else merged[0], merged[-1]
+        return merged[:-1] if divergence.total else merged[0], merged[-1]
 
     def top_k(self, k: int) -> list[Tensor]:
         """[log-probabilities [n, k], ids [n, k]] of each model's most likely tokens, best first."""
@@ -199,19 +205,23 @@ class Tile:
         return _top_k(logits, ids, k)
 
 
-# ---- logit gradients of a block: callables (block number, workspace) -> [n, rows] ------------------------------------
+# ---- dz = d loss / d (hidden @ weight.T) of a block: callables (block number, workspace) -> [n, rows] ----------------
+#
+# In the logits, d value / d logit_v = dterm_v - p_v * G with G the sum of dterm over the whole vocabulary: the one
+# number per token, next to log Z, that a shard needs of the others. For logp G is 1, for forward_kl 0, for reverse_kl
+# the KL itself, for entropy H - 1; other divergences gather it with their totals. See docs/fused.md.
 
 
 class ScoresGradient:
-    """Sum over scores of g * d score / d (hidden @ weight.T).
+    """Sum over scores of g * d score / d (hidden @ weight.T), g = d loss / d score [n] by name.
 
-    g [n] by name: logp, entropy, reverse_kl, forward_kl. Without the one-hot of logp it is
-    p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q.
+    Per unit of g, with lp = log p and lq = log q: logp one_hot - p; entropy -p (lp + H); reverse_kl p (lp - lq - KL);
+    forward_kl p - q. Their sum, without the one-hot, is p * (constant + lp * of_lp + (lq - lp) * of_diff) - of_ref * q.
     """
 
     def __init__(self, tile: Tile, g: dict[str, Tensor]):
         self.tile = tile
-        self.g = g = {name: t * tile.plan.policy.slope for name, t in g.items()}
+        self.g = g = {name: t * tile.plan.policy.logit_scale for name, t in g.items()}
         zero = tile.z.new_zeros(len(tile.z))
         constant = g.get("forward_kl", zero) - g.get("logp", zero)
         for name in ("entropy", "reverse_kl"):
@@ -221,9 +231,9 @@ class ScoresGradient:
         coefficients = Coefficients(constant, of_lp, of_diff, g.get("forward_kl"))
         self.factors = tile.plan.backend.gradient_factors(tile.norm, coefficients)
         self.one_hot = None if "logp" not in g else self._one_hot(g["logp"])
-        # Tokens that the backend's formulas cannot do, with the slopes of the rows of the table that can.
+        # Tokens of the fallback, and G of their divergences.
         self.index = tile.nonfinite.nonzero().squeeze(1)
-        self.slopes = {
+        self.dterm_sums = {
             name: tile.totals(DIVERGENCES[name], (), self.index)[1] for name in g if name != "logp" and len(self.index)
         }
 
@@ -258,7 +268,7 @@ class ScoresGradient:
         return [(tokens[p], ids[p] - rows.start, g[tokens[p]]) for p, rows in zip(parts, blocks, strict=True)]
 
     def _fallback(self, i: int) -> Tensor:
-        """The same without the one-hot, by the rows of the table, for the tokens of index."""
+        """The same without the one-hot, by the formulas of klft.divergences, for the tokens of index."""
         lp, lq = self.tile.log_probabilities(i, self.index)
         total = torch.zeros_like(lp)
         for name, t in self.g.items():
@@ -266,24 +276,31 @@ class ScoresGradient:
                 d = -lp.exp()
             else:
                 value = self.tile.values[name][self.index]
-                d = DIVERGENCES[name].logit_gradient(lp, lq, value, slope=self.slopes[name])
+                d = DIVERGENCES[name].logit_gradient(lp, lq, value, dterm_sum=self.dterm_sums[name])
             t = t[self.index, None]
             total += (d * t).masked_fill(t == 0, 0.0)
         return total
 
 
 class DivergenceGradient:
-    """g * d divergence / d (hidden @ weight.T) of a row of the table; totals and slope as Tile.totals gives them."""
+    """g * d divergence / d (hidden @ weight.T); totals and dterm_sum as Tile.totals gives them."""
 
     def __init__(
-        self, tile: Tile, row: Divergence, params: tuple[float, ...], totals: Tensor, slope: Tensor, g: Tensor
+        self,
+        tile: Tile,
+        divergence: Divergence,
+        params: tuple[float, ...],
+        totals: Tensor,
+        dterm_sum: Tensor,
+        g: Tensor,
     ):
-        self.tile, self.row, self.params, self.totals, self.slope = tile, row, params, totals, slope
-        self.g = (g * tile.plan.policy.slope)[:, None]
+        self.tile, self.divergence, self.params = tile, divergence, params
+        self.totals, self.dterm_sum = totals, dterm_sum
+        self.g = (g * tile.plan.policy.logit_scale)[:, None]
 
     def __call__(self, i: int, _workspace: Any) -> Tensor:
         lp, lq = self.tile.log_probabilities(i)
-        dz = self.row.logit_gradient(lp, lq, self.totals, *self.params, slope=self.slope)
+        dz = self.divergence.logit_gradient(lp, lq, self.totals, *self.params, dterm_sum=self.dterm_sum)
         softcap_grad = self.tile.plan.policy.softcap_grad(self.tile.z_blocks[i], self.tile.row_max(i))
         if softcap_grad is not None:
             dz = dz * softcap_grad
@@ -309,7 +326,7 @@ def _merge_model(row_max: Tensor, sum_exp: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log(sum_exp: Tensor) -> Tensor:
     """log of [M, n]; NaN for a logit of +inf, as in a log-softmax: -inf would be a probability, 0."""
-    logs = torch.stack([each.log() for each in sum_exp])  # one by one for the same reason
+    logs = torch.stack([each.log() for each in sum_exp])  # model by model, as in _merge
     return logs.masked_fill(logs == torch.inf, torch.nan)
 
 

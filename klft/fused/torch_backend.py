@@ -16,6 +16,7 @@ from itertools import repeat
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from klft.fused import workers
@@ -40,15 +41,15 @@ class Norm(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """A logit gradient's per-token coefficients, [n] each; None for 0.
+    """Per-token coefficients of dz, [n] each; None for 0, in terms of probabilities: Factors has them for a block.
 
-    The gradient is p * (constant + lp * of_lp + (lq - lp) * of_diff) - ref_p * q.
+    dz = p * (constant + lp * of_lp + (lq - lp) * of_diff) - of_ref * q.
     """
 
     constant: Tensor
     of_lp: Tensor | None
     of_diff: Tensor | None
-    ref_p: Tensor | None
+    of_ref: Tensor | None
 
 
 class Workspace:
@@ -103,7 +104,9 @@ def for_each_block(block_fn: Callable[[int, Workspace], None], blocks: int, spac
 # ---- a block --------------------------------------------------------------------------------------------------------
 
 
-def shift_by_max_(z: Tensor, row_max: Tensor, sum_exp: Tensor, workspace: Workspace) -> None:
+def shift_by_max_(
+    z: Float[Tensor, "n rows"], row_max: Float[Tensor, "n"], sum_exp: Float[Tensor, "n"], workspace: Workspace
+) -> None:
     """z -= its row max, in place. Into row_max [n]: the max (0 where not finite); into sum_exp [n]: sum of exp(z)."""
     if z.shape[1] == 0:
         row_max.zero_()
@@ -121,7 +124,14 @@ def _gap_sum(p: Tensor, x: Tensor, e: Tensor, total: Tensor, x_max: Tensor) -> N
     torch.amax(x, -1, out=x_max)
 
 
-def exact_sums(z: Tensor, y: Tensor, norm: Norm, names: tuple[str, ...], out: Tensor, workspace: Workspace) -> None:
+def exact_sums(
+    z: Float[Tensor, "n rows"],
+    y: Float[Tensor, "n rows"],
+    norm: Norm,
+    names: tuple[str, ...],
+    out: Float[Tensor, "names 2 n"],
+    workspace: Workspace,
+) -> None:
     """The block's part of entropy, ref_entropy, reverse_kl, forward_kl (`names`, in that order) into out [names, 2, n].
 
     It takes combine_sums, over all blocks at once, to make sums of it: what is of size [n] costs as much here as there.
@@ -146,7 +156,7 @@ def exact_sums(z: Tensor, y: Tensor, norm: Norm, names: tuple[str, ...], out: Te
         _gap_sum(q, x.neg_(), e, *parts["forward_kl"])
 
 
-def combine_sums(parts: Tensor, norm: Norm, names: tuple[str, ...]) -> Tensor:
+def combine_sums(parts: Float[Tensor, "K names 2 n"], norm: Norm, names: tuple[str, ...]) -> Float[Tensor, "names n"]:
     """[K, names, 2, n] of exact_sums, norm [K, n] -> [names, n], summed over blocks.
 
     Not finite where the fallback must see to it.
@@ -164,7 +174,10 @@ def combine_sums(parts: Tensor, norm: Norm, names: tuple[str, ...]) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """A block's logit gradient as exp(z) * (one + z * of_z + (y - z) * of_diff) - exp(y) * of_ref; columns [n, 1]."""
+    """Coefficients of a block's dz in terms of its shifted logits, columns [n, 1]; see gradient_factors.
+
+    dz = exp(z) * (one + z * of_z + (y - z) * of_diff) - exp(y) * of_ref.
+    """
 
     one: Tensor
     of_z: Tensor | None
@@ -174,7 +187,7 @@ class Factors(NamedTuple):
 
 def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[Factors]:
     """Factors of every block, from norm [K, n]: at once, since small operations between large ones are slow."""
-    constant, of_lp, of_diff, ref_p = coefficients
+    constant, of_lp, of_diff, of_ref = coefficients
     # Multiplied with the scale first: a log may be huge where its probability is 0.
     one = constant * norm.scale
     if of_lp is not None:
@@ -182,12 +195,14 @@ def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[Factors]:
     if of_diff is not None:
         one = one - of_diff * (norm.log_z_diff * norm.scale)
     of_z, of_y_z = (None if t is None else t * norm.scale for t in (of_lp, of_diff))
-    of_ref = None if ref_p is None else ref_p * norm.ref_scale
+    of_ref = None if of_ref is None else of_ref * norm.ref_scale
     columns = [repeat(None) if t is None else t[:, :, None].unbind(0) for t in (one, of_z, of_y_z, of_ref)]
     return [Factors(*each) for each in zip(*columns, strict=False)]
 
 
-def gradient(z: Tensor, y: Tensor, factors: Factors, workspace: Workspace) -> Tensor:
+def gradient(
+    z: Float[Tensor, "n rows"], y: Float[Tensor, "n rows"], factors: Factors, workspace: Workspace
+) -> Float[Tensor, "n rows"]:
     """The block's logit gradient [n, rows], in scratch memory."""
     dz, term, diff = workspace.scratch(z, 3)
     torch.exp(z, out=dz)

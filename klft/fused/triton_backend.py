@@ -209,7 +209,7 @@ def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[tuple[Norm,
 
 
 def gradient(z: Tensor, y: Tensor, factors: tuple[Norm, Coefficients], workspace: Workspace) -> Tensor:
-    """The block's logit gradient [n, rows], see Coefficients, in z's memory; -ref_p * q where p is 0."""
+    """The block's logit gradient [n, rows], see Coefficients, in z's memory; -of_ref * q where p is 0."""
     norm, coefficients = factors
     if not _fits(z, y):
         (of_torch,) = torch_backend.gradient_factors(Norm(*(t[None] for t in norm)), coefficients)

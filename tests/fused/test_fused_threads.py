@@ -337,7 +337,7 @@ def test_every_thread_has_a_part(tokens):
     try:
         side = ModelSide(torch.zeros(tokens, 1), LMHead(torch.zeros(151_936, 1)), 1.0)
         limits = Limits(1 << 30, 512, 1 << 18)
-        plan = make_plan(side, None, torch.zeros(tokens).long(), Collectives(None), torch_backend, False, limits)
+        plan = make_plan(side, None, torch.zeros(tokens).long(), Collectives(None), torch_backend, [False] * 3, limits)
         shares = Counter()
         plan.for_each_block(lambda _, workspace: shares.update([id(workspace)]), plan.workspaces())
         if tokens > 1:

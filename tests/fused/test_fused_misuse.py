@@ -1,0 +1,124 @@
+"""What a caller of fused/ may get wrong, and is told: kept scores, NaN gradients, shards and ranks that do not fit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.oracles import two_heads
+from support.processes import environment
+
+import klft
+from klft import LMHead, VocabShard
+
+
+def inputs(tokens=700, vocab=11):
+    two = two_heads(tokens, vocab)
+    return (
+        two.hidden.float().detach().requires_grad_(),
+        LMHead(two.weight.float().detach().requires_grad_()),
+        torch.arange(tokens) % vocab,
+        two.ref_hidden.float().detach(),
+        LMHead(two.ref_weight.float().detach()),
+    )
+
+
+def test_scores_that_are_kept_say_so_when_they_are_read_late():
+    kept = []
+
+    def loss_fn(scores):
+        kept.append(scores)
+        return scores.logp.sum()
+
+    klft.fused_token_loss(loss_fn, *inputs())
+    assert len(kept) > 1, "more than one chunk"
+    for scores in kept:
+        with pytest.raises(RuntimeError, match=r"reverse_kl was read after loss_fn had returned"):
+            scores.reverse_kl  # noqa: B018
+        assert scores.logp.isfinite().all()  # what was read in time stays
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 2.0])
+def test_a_backward_never_runs_the_loss_again(factor):
+    calls = []
+
+    def loss_fn(scores):
+        calls.append(1)
+        return scores.reverse_kl.sum()
+
+    hidden, *others = inputs(tokens=5)
+    (klft.fused_token_loss(loss_fn, hidden, *others) * factor).backward()
+    assert len(calls) == 1
+    assert hidden.grad is not None
+    assert bool(hidden.grad.isfinite().all()) == (factor == 2.0)
+
+
+def test_part_of_a_vocabulary_needs_someone_with_the_rest():
+    hidden, head, ids, *_ = inputs(tokens=5)
+    with pytest.raises(ValueError, match=r"start=4.*no other process"):
+        klft.token_scores(hidden, LMHead(head.weight[4:], shard=VocabShard(4, 11, 11)), ids)
+    whole = klft.token_scores(hidden, LMHead(head.weight, shard=VocabShard(0, 11, 11)), ids)
+    assert torch.equal(whole.logp, klft.token_scores(hidden, head, ids).logp)
+
+
+@pytest.mark.parametrize("what", ["scores", "divergence", "loss"])
+def test_hidden_states_of_a_rollout_made_in_inference_mode(what):
+    hidden, head, ids, ref_hidden, ref_head = inputs(tokens=5)
+    with torch.inference_mode():
+        made = hidden.detach() * 1
+    assert made.is_inference()
+
+    def value(hidden):
+        if what == "scores":
+            return klft.token_scores(hidden, head, ids, ref_hidden, ref_head).reverse_kl.sum()
+        if what == "divergence":
+            return klft.linear_divergence(hidden, head, ref_hidden, ref_head).sum()
+        return klft.fused_token_loss(lambda s: s.reverse_kl.sum(), hidden, head, ids, ref_hidden, ref_head)
+
+    (gradient,) = torch.autograd.grad(value(made), [head.weight])
+    (expected,) = torch.autograd.grad(value(hidden), [head.weight])
+    torch.testing.assert_close(gradient, expected)
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist, klft
+from datetime import timedelta
+folder, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+shard = klft.VocabShard.even(6, own_tokens=True)
+hidden = torch.ones(3, 2, requires_grad=what != "hidden" or rank == 0)
+weight = torch.ones(3, 2, requires_grad=what == "fine" or (what == "weight" and rank == 0))
+try:
+    loss = klft.fused_token_loss(lambda s: s.entropy.sum(), hidden, klft.LMHead(weight, shard=shard), torch.arange(3))
+    loss.backward()
+    print("trained")
+except ValueError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort an interpreter's end, a destroyed group's too
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("hidden", "(True, False, False), (False, False, False)"),
+        ("weight", "(True, True, False), (True, False, False)"),
+    ],
+)
+def test_ranks_that_would_not_meet_in_the_backward_are_told_on_both(what, said, tmp_path):
+    for text in both_ranks(tmp_path, what):
+        assert said in text
+        assert "on all ranks or on none" in text
+
+
+def test_ranks_that_meet(tmp_path):
+    assert both_ranks(tmp_path, "fine") == ["trained\n"] * 2
+
+
+def both_ranks(folder, what):
+    commands = [[sys.executable, "-c", RANK, str(folder), str(rank), what] for rank in (0, 1)]
+    runs = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment()) for c in commands]
+    texts = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    return texts

@@ -1,0 +1,33 @@
+"""Shapes written in fused/ hold for every block: the import hook over all of it takes too long for every test."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BROKEN = """
+from klft.fused import torch_backend
+import torch
+z, workspace = torch.zeros(3, 5), torch_backend.Workspace(torch.device("cpu"))
+try:
+    torch_backend.shift_by_max_(z, torch.zeros(2), torch.zeros(3), workspace)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_every_shape_of_a_block():
+    modules = ",".join(f"klft.fused.{name}" for name in ("collectives", "model_side", "torch_backend"))
+    addopts = f"addopts=-q --jaxtyping-packages={modules},beartype.beartype"
+    tests = [HERE / "test_fused_laws.py", HERE / "test_fused.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-o", addopts, *tests], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_wrong_shape_is_found():
+    hook = "from jaxtyping import install_import_hook as i; i('klft.fused.torch_backend', 'beartype.beartype')\n"
+    done = subprocess.run([sys.executable, "-c", hook + BROKEN], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "TypeCheckError"
