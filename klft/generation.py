@@ -1,7 +1,7 @@
 """Completions sampled from the distribution that is scored."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,7 +11,10 @@ from klft.models import evaluating
 from klft.prompts import completion_mask
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+C = TypeVar("C", bound="Completions")
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Completions:
     completion_ids: Int[Tensor, "B C"]
     mask: Bool[Tensor, "B C"]  # up to and including the first end of sequence
 
-    def rows(self, index: Any) -> Self:
+    def rows(self: C, index: slice | Tensor) -> C:
         """Some of the sequences."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
@@ -53,7 +56,7 @@ class _SharedVocabulary:
 
 
 def sample_completions(
-    model: Any,
+    model: "PreTrainedModel",
     prompt_ids: Int[Tensor, "B P"],
     prompt_mask: Bool[Tensor, "B P"],
     config: "GenerationConfig",
@@ -66,13 +69,13 @@ def sample_completions(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    own = model.generation_config
+    own, generate = model.generation_config, cast(Any, model).generate
     # generate fills what `config` leaves open from the model's own defaults (a top_p, a repetition penalty ...), and
     # would then sample from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
     try:
         with evaluating(model):
-            ids = model.generate(
+            ids = generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
                 generation_config=config,

@@ -49,8 +49,8 @@ class LMHead:
     they ask for one. Raises ValueError for what does not fit together.
     """
 
-    weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, "V"] | None = None
+    weight: Tensor  # float [V, D]; __post_init__ says what else does not fit
+    bias: Tensor | None = None  # float [V]
     scale: float = 1.0
     softcap: float | None = None
     shard: VocabShard | None = None

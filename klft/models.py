@@ -26,8 +26,9 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
-def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict:
-    """Keyword arguments of one scoring forward. `model` unwrapped (no DDP); call the wrapped one with them.
+def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict[str, Any]:
+    """Keyword arguments of one scoring forward, whose logits are the last `keep` positions' (0: all). `model` may be
+    wrapped; call it as you have it.
 
     Positions count real tokens only, so left padding does not change a logit. Models without these arguments (ALiBi,
     recurrent ones) take the mask alone.
@@ -150,7 +151,7 @@ def check_no_shared_storage(reference: nn.Module, policy: nn.Module) -> None:
             )
 
 
-def check_tokenizers(tokenizer: Any, ref_tokenizer: Any) -> None:
+def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", ref_tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ValueError, naming the first ones, where an id stands for different pieces in two tokenizers.
 
     Ids that only one of them has are no contradiction: whether both heads have a row for them, `score_texts` checks.

@@ -1,7 +1,5 @@
 """Weights that are split over processes, as plain tensors."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
@@ -9,12 +7,15 @@ from torch.distributed.tensor import DTensor, Partial
 from klft.sharding import VocabShard
 
 
-def placed(model: nn.Module, weight: Any, bias: Any, shard_rows: bool) -> tuple[Tensor, Any, VocabShard | None]:
+def placed(
+    model: nn.Module, weight: Tensor, bias: Tensor | None, shard_rows: bool
+) -> tuple[Tensor, Tensor | None, VocabShard | None]:
     """(weight, bias, shard) as plain tensors whose gradients reach the parameters with the right size."""
     if not isinstance(weight, DTensor):
         if shard_rows:
             raise ValueError("LMHead.from_model: shard_rows: the head is whole here; read it before FSDP2 gathers it")
         return weight, bias, None
+    assert bias is None or isinstance(bias, DTensor)
     mesh = weight.device_mesh
     same_tokens = "tp" in (mesh.mesh_dim_names or ()) or not any(isinstance(m, FSDPModule) for m in model.modules())
     if not (same_tokens or shard_rows):  # by default full_tensor keeps this process's own gradient only

@@ -7,7 +7,7 @@ pyplot's global state is never touched; the colours are Okabe and Ito's, safe fo
 matplotlib: pip install "klft[plots]". The page draws its own (klft.diagnostics.report).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +15,24 @@ import numpy as np
 from klft.estimators import k1, k2, k3
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from klft.diagnostics import Statistics
 
 COLOURS: dict[str, str] = {"reverse": "#0072B2", "forward": "#D55E00"}
 LABELS: dict[str, str] = {"reverse": "reverse, KL(policy || reference)", "forward": "forward, KL(reference || policy)"}
 GREY = "#666666"
 
 
-def kl_by_step(stats: Any) -> "Figure":
+def kl_by_step(stats: "Statistics | Iterable[tuple[float, float | None, float | None]]") -> "Figure":
     """Mean KL per token over training, both directions: of a Statistics, or of (step, reverse, forward) tuples in which
     None leaves a point out. Nats."""
-    if hasattr(stats, "by_step"):
-        stats = [(row["step"], row.get("reverse_mean"), row.get("forward_mean")) for row in stats.by_step()]
-    points = np.array(_some(stats, "steps"), dtype=np.float64)
+    rows: Any = stats
+    if not isinstance(stats, Iterable):
+        rows = [(row["step"], row.get("reverse_mean"), row.get("forward_mean")) for row in stats.by_step()]
+    points = np.array(_some(rows, "steps"), dtype=np.float64)
     figure, axes = _axes("KL by training step", "training step", "mean KL per token (nats)")
     for column, name in enumerate(COLOURS, 1):
         known = ~np.isnan(points[:, column])
@@ -39,7 +43,7 @@ def kl_by_step(stats: Any) -> "Figure":
     return _finish(figure)
 
 
-def kl_by_position(stats: Any) -> "Figure":
+def kl_by_position(stats: "Statistics") -> "Figure":
     """Mean and 90th percentile of both KLs over the position in the text, of a Statistics. Nats."""
     rows = _some(stats.by_position(), "tokens")
     figure, axes = _axes("KL by position", "position (token)", "KL per token (nats)")
@@ -54,7 +58,7 @@ def kl_by_position(stats: Any) -> "Figure":
     return _finish(figure)
 
 
-def estimator_spread(table: Any) -> "Figure":
+def estimator_spread(table: "pa.Table") -> "Figure":
     """Box plot of the sampled estimates k1, k2, k3 of the reverse KL over tokens, beside its exact value, of a token
     table. Boxes: quartiles; whiskers: 1st and 99th percentile; diamonds: means. Nats, prompt tokens left out."""
     import torch
@@ -86,7 +90,7 @@ def estimator_spread(table: Any) -> "Figure":
     return _finish(figure, "box: quartiles; whiskers: 1 % and 99 %; diamond: mean")
 
 
-def reward_kl_frontier(points: Iterable[Sequence[Any]]) -> "Figure":
+def reward_kl_frontier(points: Iterable[tuple[float, float] | tuple[float, float, str]]) -> "Figure":
     """Reward against KL from the reference, (kl, reward) or (kl, reward, label) for each run or checkpoint. The line
     joins those that no other one beats with less KL and as much reward. KL in nats, as given: per token or sequence."""
     points = sorted(_some(points, "points"), key=lambda point: (point[0], -point[1]))

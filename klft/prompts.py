@@ -6,28 +6,36 @@ special tokens are then the template's business, not the tokenizer's.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]
+"""Text, or a conversation: messages with a role and a content."""
+Text = str | dict[str, Any] | tuple[list[int], int]
+"""A text to score, see encode_texts."""
 
 
 # ---- special tokens, padding ----------------------------------------------------------------------------------------
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Every token that ends a completion: the model's (one or several) and the tokenizer's."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
     return sorted({i for i in ids if i is not None})
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Pad id: the pad token's, else the end of sequence's, else 0. Its value is irrelevant: masks come from lengths."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    ids: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in ids if i is not None)
 
 
@@ -48,24 +56,19 @@ def pad(
 # ---- prompts and completions ----------------------------------------------------------------------------------------
 
 
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
-    from trl import is_conversational
-
-    return is_conversational({"prompt": prompt})
-
-
-def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """A string, or messages that an assistant would answer, as token ids."""
     from trl import apply_chat_template
 
-    if not is_conversation(prompt):
+    if isinstance(prompt, str):
         return tokenizer(prompt, verbose=False)["input_ids"]
     text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Any], max_length: int | None = None) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], max_length: int | None = None
+) -> list[list[int]]:
     """Prompts as token ids; too long a prompt keeps its end. Raises ValueError for one without a single token."""
     rows = []
     for prompt in prompts:
@@ -86,13 +89,16 @@ def completion_mask(
 
 
 def decode_completions(
-    tokenizer: Any, prompts: Sequence[Any], completion_ids: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]
-) -> list:
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    completion_ids: Int[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+) -> list[Prompt]:
     """Completions as reward functions see them: text, or one assistant message after a conversation."""
     kept = [row[real].tolist() for row, real in zip(completion_ids, mask, strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return [
-        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
 
@@ -112,7 +118,7 @@ class Encoded(NamedTuple):
         return Encoded(self.ids[index], self.prompt_lengths[index], self.sample_ids[index])
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int) -> Encoded:
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], *, max_length: int) -> Encoded:
     """Texts as token ids, those without a token to score left out, long ones cut at the end; says how many.
 
     Each is a string, {"text": ...}, {"prompt": ..., "completion": ...} (strings or messages), {"messages": [...]} whose

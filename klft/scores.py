@@ -7,7 +7,7 @@ the same names with the same meaning.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,6 +69,7 @@ QUANTITIES: tuple[str, ...] = ("reverse", "forward", "entropy", "ref_entropy", "
 PERCENTS = (50, 90, 99)
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """One quantity's finite values: what metrics are read off."""
 
@@ -87,7 +88,7 @@ class Distribution(Protocol):
         """Mean over sequences of the (weighted) sum over a sequence's tokens; without those with a non-finite value."""
         ...
 
-    def percentile(self, percent: float) -> float:
+    def percentile(self, percent: int | float) -> float:
         """Nearest rank."""
         ...
 
@@ -149,7 +150,7 @@ class _Values:
         whole &= torch.bincount(sequence, minlength=size) > 0
         self.sequence_mean = float(sums[whole].mean()) if whole.any() else None
 
-    def percentile(self, percent: float) -> float:
+    def percentile(self, percent: int | float) -> float:
         return float(self.ordered[round((len(self.ordered) - 1) * percent / 100)])
 
 

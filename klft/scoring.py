@@ -36,13 +36,13 @@ from klft.models import (
     require_causal_lm,
     vocab_size,
 )
-from klft.prompts import Encoded, encode_texts, pad, pad_id
+from klft.prompts import Encoded, Text, encode_texts, pad, pad_id
 from klft.references import Reference, resolve_reference
 from klft.scores import TokenScores, score_logits
 from klft.sharding import VocabShard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,8 @@ class ScoredTexts(NamedTuple):
 def score_texts(
     model: nn.Module,
     reference: "Reference | PreTrainedModel | None",
-    tokenizer: Any,
-    texts: "Sequence[Any] | Encoded",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[Text] | Encoded,
     *,
     batch_size: int,
     max_length: int,

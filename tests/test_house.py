@@ -26,7 +26,8 @@ TOP = 7
 # Within a floor a module may import those that stand before it here; no others.
 WITHIN = [
     ("estimators", "scores"), ("models", "parallel", "heads"), ("references", "scoring"),
-    ("prompts", "scoring", "generation"), ("arguments", "doctor", "cli"),
+    ("prompts", "scoring", "generation"), ("diagnostics", "plots"),
+    ("arguments", "doctor", "cli"),
 ]  # fmt: skip
 TENSORS = {"torch", "jaxtyping"}
 ARRAYS = TENSORS | {"torch.distributed"}

@@ -12,18 +12,29 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from klft.diagnostics.records import TokenKLLog
 from klft.diagnostics.report import write_report
 from klft.generation import sample_completions
-from klft.models import check_positions, check_vocabularies, max_positions, vocab_size
-from klft.prompts import Encoded, encode_prompts, encode_texts, eos_ids, pad, pad_id
-from klft.references import resolve_reference
+from klft.models import base_of, check_positions, check_vocabularies, max_positions, vocab_size
+from klft.prompts import Encoded, Prompt, encode_prompts, encode_texts, eos_ids, pad, pad_id
+from klft.references import Reference, resolve_reference
 from klft.scoring import score_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +63,8 @@ class TokenKLCallback(TrainerCallback):
 
     def __init__(
         self,
-        reference: Any,
-        probe_prompts: Sequence[Any],
+        reference: "Reference | PreTrainedModel | None",
+        probe_prompts: Sequence[Prompt | dict[str, Any]],
         every: int = 100,
         *,
         max_new_tokens: int = 64,
@@ -61,7 +72,7 @@ class TokenKLCallback(TrainerCallback):
         batch_size: int = 8,
         temperature: float = 1.0,
         top_k: int = 5,
-        trainer: Any = None,
+        trainer: Trainer | None = None,
         output_dir: str | None = None,
         prefix: str = "",
     ):
@@ -83,10 +94,19 @@ class TokenKLCallback(TrainerCallback):
 
     # --- what the Trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, model: Any = None, processing_class: Any = None, **kwargs):
-        if processing_class is None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: "PreTrainedTokenizerBase | ProcessorMixin | None" = None,
+        **kwargs: object,
+    ) -> None:
+        if processing_class is None or model is None:
             raise ValueError("TokenKLCallback needs the tokenizer: give the Trainer a processing_class")
-        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+        tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+        self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self.reference = reference = resolve_reference(self.reference, model)
         self._shared_vocab = min(vocab_size(model), reference.vocab_size)
         check_vocabularies(self._tokenizer, policy=vocab_size(model), reference=reference.vocab_size)
@@ -94,24 +114,45 @@ class TokenKLCallback(TrainerCallback):
         lengths = self._prepare()
         check_positions(max(lengths), model=max_positions(model), reference=reference.max_positions)
         self._last = -1
-        self.folder = Path(self.output_dir or args.output_dir)
+        self.folder = Path(self.output_dir or args.output_dir or ".")
         if state.is_world_process_zero:
-            names = {"model": model.config._name_or_path, "reference": reference.name}
+            names = {"model": base_of(model).config._name_or_path, "reference": reference.name}
             self._log = TokenKLLog(self.folder, self._tokenizer, temperature=self.options["temperature"], **names)
         if self.trainer is None and args.report_to:
             logger.warning("TokenKLCallback: %s will not see kl/...; pass trainer=trainer", ", ".join(args.report_to))
 
-    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         # The last step's belongs here: afterwards trackers close.
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps or control.should_training_stop:
             self._measure(args, state, control, model)
 
-    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if logs is not None:
             logs |= self._pending
         self._pending = {}
 
-    def on_train_end(self, args, state, control, model: Any = None, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self._measure(args, state, control, model)
         if self._log is not None:
             write_report(self.folder, self.folder / "kl" / "report.html")
@@ -134,9 +175,11 @@ class TokenKLCallback(TrainerCallback):
         )
         return [*map(len, self._fixed.ids), *(len(prompt) + self.max_new_tokens for prompt in self._prompts.values())]
 
-    def _measure(self, args: Any, state: Any, control: Any, model: Any) -> None:
+    def _measure(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None
+    ) -> None:
         """Score the probes at this step, once."""
-        if state.global_step == self._last:
+        if state.global_step == self._last or model is None:
             return
         self._last = state.global_step
         written = self._continue(model)
@@ -184,7 +227,7 @@ class TokenKLCallback(TrainerCallback):
             written += [row + c[m].tolist() for row, c, m in zip(rows, said.completion_ids, said.mask, strict=True)]
         return written
 
-    def _publish(self, metrics: dict[str, float], state: Any, control: Any) -> None:
+    def _publish(self, metrics: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if self.trainer is None:
             state.log_history.append(metrics | {"epoch": state.epoch, "step": state.global_step})
             self._pending = metrics

@@ -58,7 +58,7 @@ def middle(number: int) -> float:
     return math.copysign(TINY * math.exp((abs(number) - 0.5) * LOG_GROWTH), number) if number else 0.0
 
 
-def percentile_of(numbers: np.ndarray, counts: np.ndarray, percent: float) -> float:
+def percentile_of(numbers: np.ndarray, counts: np.ndarray, percent: int | float) -> float:
     """The nearest-rank percentile of a histogram with ascending bin numbers."""
     rank = round((counts.sum() - 1) * percent / 100)
     return middle(int(numbers[np.searchsorted(np.cumsum(counts), rank, side="right")]))
@@ -133,7 +133,7 @@ class Distribution:
         g, s, ss = self.moments[6:9].tolist()
         return math.sqrt(max(ss - s * s / g, 0.0) / (g - 1) / g) if g > 1 else None
 
-    def percentile(self, percent: float) -> float:
+    def percentile(self, percent: int | float) -> float:
         """Within 1 % of the nearest-rank percentile."""
         return min(max(percentile_of(self.bins.keys, self.bins.sums[:, 0], percent), self.low), self.high)
 

@@ -10,12 +10,17 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from klft.models import check_tokenizers, require_causal_lm
-from klft.references import AdapterReference, FrozenReference
+from klft.prompts import Text
+from klft.references import AdapterReference, FrozenReference, Reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
@@ -46,7 +51,7 @@ def load_models(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, FrozenReference | AdapterReference, Any]:
+) -> tuple[nn.Module, Reference, "PreTrainedTokenizerBase"]:
     """(policy, reference, tokenizer) by folder or hub id; of a PEFT adapter, its base model with the adapter on.
 
     Without `reference` the policy is an adapter, compared with its own base. `device`: by default "cuda" where there is
@@ -145,7 +150,7 @@ def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
 
 def read_texts(
     name: str, *, split: str = "train", column: str | None = None, max_texts: int | None = None
-) -> list[Any]:
+) -> list[Text]:
     """The first `max_texts` texts of a file or a dataset, in its order, each as `encode_texts` takes it.
 
     A .txt file has one text per line, in UTF-8. A .jsonl, .json, .parquet or .csv file, or the `split` of a dataset by

@@ -1,7 +1,7 @@
 """Scored texts as a table; and the names of klft 0.1, see klft.scoring, klft.prompts and klft.models."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -9,8 +9,11 @@ from klft._deprecated import moved
 from klft.diagnostics.records import SCHEMA, records_table
 from klft.scoring import ScoredTexts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def scored_table(batches: Iterable[ScoredTexts], tokenizer: Any) -> pa.Table:
+
+def scored_table(batches: Iterable[ScoredTexts], tokenizer: "PreTrainedTokenizerBase") -> pa.Table:
     """One row per token, as `records_table` makes them; `sample_id` is the text's number."""
     tables = [
         records_table(b.scores, b.token_ids, b.mask, tokenizer, is_prompt=b.is_prompt, sample_ids=b.sample_ids)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,11 @@ from torch import Tensor
 from klft._version import __version__
 from klft.diagnostics.stats import SEQUENCE, Statistics, scalars
 from klft.diagnostics.vocabulary import token_classes, token_texts, tokenizer_hash
+from klft.scores import TokenScores
 from klft.writing import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA_VERSION = 1
 
@@ -94,11 +98,11 @@ class Metadata:
     total_sequences: int | None = None
 
     @staticmethod
-    def of(table: pa.Table, tokenizer: Any, **common: Any) -> "Metadata":
+    def of(table: pa.Table, tokenizer: "PreTrainedTokenizerBase", **common: Any) -> "Metadata":
         """The metadata of a table whose ids are this tokenizer's; `common`: model, reference, temperature, ..."""
         return Metadata(tokenizer_hash=tokenizer_hash(tokenizer), **common).naming(table, tokenizer)
 
-    def naming(self, table: pa.Table, tokenizer: Any) -> "Metadata":
+    def naming(self, table: pa.Table, tokenizer: "PreTrainedTokenizerBase") -> "Metadata":
         """The same with the texts and classes of the ids in a table."""
         columns = [table["token_id"], *(table[name].combine_chunks().flatten() for name in LISTS[::2])]
         ids = sorted(set().union(*(column.unique().to_pylist() for column in columns)))
@@ -209,10 +213,10 @@ def _check_same(a: Metadata, b: Metadata, where: str) -> None:
 
 
 def records_table(
-    scores: Any,
+    scores: TokenScores,
     token_ids: Tensor,
     mask: Tensor,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     step: int = 0,
     rank: int = 0,
@@ -279,11 +283,23 @@ class TokenKLLog:
     step that this log has already written.
     """
 
-    def __init__(self, folder: str | os.PathLike, tokenizer: Any, **common: Any):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        model: str = "",
+        reference: str = "",
+        temperature: float = 1.0,
+        total_sequences: int | None = None,
+    ):
         self._folder = Path(folder) / "kl"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer = tokenizer
-        self._metadata = Metadata(tokenizer_hash=tokenizer_hash(tokenizer), **common)
+        self._metadata = Metadata(
+            model=model, reference=reference, temperature=temperature, tokenizer_hash=tokenizer_hash(tokenizer),
+            total_sequences=total_sequences,
+        )  # fmt: skip
         for file in sorted(self._folder.glob("*.parquet"))[:1]:
             _check_same(_read(file)[1], self._metadata, f"{file} and this run")
         self._rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -292,8 +308,19 @@ class TokenKLLog:
         self._tables: list[pa.Table] = []  # of the step
         self._recent = Statistics()
 
-    def add(self, scores: Any, token_ids: Tensor, mask: Tensor, *, step: int = 0, **columns: Any) -> None:
-        """Take the whole sequences of a batch; `columns` and the others as in `records_table`.
+    def add(
+        self,
+        scores: TokenScores,
+        token_ids: Tensor,
+        mask: Tensor,
+        *,
+        step: int = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        is_prompt: Tensor | None = None,
+        rewards: Tensor | None = None,
+        advantages: Tensor | None = None,
+    ) -> None:
+        """Take the whole sequences of a batch; shapes as in `records_table`.
 
         Without `sample_ids` the sequences are counted through from batch to batch of a step.
         """
@@ -305,9 +332,13 @@ class TokenKLLog:
                 f"step {step} is already in {self._folder}: add all batches of a step before the next step"
             )
         self._step = step
-        columns.setdefault("sample_ids", range(self._samples, self._samples + len(mask)))
+        if sample_ids is None:
+            sample_ids = range(self._samples, self._samples + len(mask))
         self._samples += len(mask)
-        table = records_table(scores, token_ids, mask, self._tokenizer, step=step, rank=self._rank, **columns)
+        table = records_table(
+            scores, token_ids, mask, self._tokenizer, step=step, rank=self._rank, sample_ids=sample_ids,
+            is_prompt=is_prompt, rewards=rewards, advantages=advantages,
+        )  # fmt: skip
         self._tables.append(table)
         self._recent = self._recent.merge(Statistics.of(table, self._metadata.naming(table, self._tokenizer)))
 

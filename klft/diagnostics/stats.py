@@ -10,9 +10,10 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -21,6 +22,9 @@ from klft import scores
 from klft.diagnostics.distributions import Distribution, Tally, bin_numbers, middle, moments, percentile_of
 from klft.scores import metrics_of
 from klft.writing import visible
+
+if TYPE_CHECKING:
+    from klft.diagnostics.records import Metadata
 
 COLUMNS: dict[str, str] = {
     "reverse": "reverse_kl", "forward": "forward_kl", "entropy": "entropy", "ref_entropy": "ref_entropy",
@@ -40,7 +44,7 @@ CHUNK = 1 << 18  # rows that are looked at together, to bound memory
 SHIFT, HALF = 14, 1 << 13  # one key of something's number and a value's bin: number << SHIFT | bin + HALF
 
 
-def quadrant(reverse: Any, forward: Any) -> np.ndarray:
+def quadrant(reverse: npt.ArrayLike, forward: npt.ArrayLike) -> np.ndarray:
     """Index into QUADRANTS of each pair of KLs.
 
     neither: both below QUIET_NATS. mode-dropping: forward at least MUCH_LARGER times reverse, the policy has lost mass
@@ -86,14 +90,14 @@ class Statistics:
     worst: int = 50
 
     @staticmethod
-    def of(table: pa.Table, metadata: Any = None, worst: int = 50, context: int = 8) -> "Statistics":
+    def of(table: pa.Table, metadata: "Metadata | None" = None, worst: int = 50, context: int = 8) -> "Statistics":
         """Statistics of a table with the columns of TokenRecord. `metadata` gives the token classes; `worst` tokens are
         kept by each measure, with `context` tokens on either side."""
         chunks = (Statistics._of(chunk, metadata, worst, context) for chunk in _chunks(table))
         return functools.reduce(Statistics.merge, chunks, Statistics(worst=worst))
 
     @staticmethod
-    def _of(table: pa.Table, metadata: Any, worst: int, context: int) -> "Statistics":
+    def _of(table: pa.Table, metadata: "Metadata | None", worst: int, context: int) -> "Statistics":
         tokens = _Tokens(table)
         sequence, stats = tokens.sequences[tokens.rows], Statistics(worst=worst)
         if not len(sequence):

@@ -9,7 +9,10 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKEN_CLASSES: tuple[str, ...] = (
     "special", "end of turn", "whitespace", "digit", "punctuation", "word start", "word part", "other",
@@ -25,7 +28,7 @@ BYTE_OF: dict[str, int] = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, 
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> list[str]:
     """Text of each id on its own, a leading space included.
 
     Bytes that are not valid UTF-8 alone are shown as <0xE2>, ids the tokenizer does not have as <id 151999>, special
@@ -34,7 +37,7 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     return [text for text, _ in _described(tokenizer, ids)]
 
 
-def token_classes(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+def token_classes(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> list[str]:
     """One of TOKEN_CLASSES for each id, by its text alone.
 
     "word start" follows a space, or is any word where the tokenizer's pieces do not say what they follow; "word part"
@@ -43,13 +46,13 @@ def token_classes(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     return [kind for _, kind in _described(tokenizer, ids)]
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """16 hex digits that differ when any id stands for another piece."""
     pieces = sorted((token_id, piece) for piece, token_id in tokenizer.get_vocab().items())
     return hashlib.sha256(repr(pieces).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def _described(tokenizer: Any, ids: Iterable[int]) -> list[tuple[str, str]]:
+def _described(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> list[tuple[str, str]]:
     """(text, class) of each id."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = "" if backend is None else f"{backend.pre_tokenizer} {backend.decoder}"
@@ -58,7 +61,7 @@ def _described(tokenizer: Any, ids: Iterable[int]) -> list[tuple[str, str]]:
     described = []
     for token_id in map(int, ids):
         known = token_id >= 0 and (backend is not None or token_id < len(tokenizer))
-        piece = tokenizer.convert_ids_to_tokens(token_id) if known else None
+        piece: Any = tokenizer.convert_ids_to_tokens(token_id) if known else None
         if piece is None:
             described.append((f"<id {token_id}>", "other"))
             continue

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from klft.models import check_vocabularies, require_causal_lm, vocab_size
+from klft.models import base_of, check_vocabularies, require_causal_lm, vocab_size
 from klft.ppo import value as value_function
 from klft.ppo.config import PPOConfig
 from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference
@@ -19,7 +19,7 @@ from klft.references import AdapterReference, FrozenReference, Reference, resolv
 logger = logging.get_logger(__name__)
 
 
-def load_policy(model: Any) -> nn.Module:
+def load_policy(model: nn.Module | str) -> nn.Module:
     """A model id or path -> a causal LM; a model is checked and passed through."""
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
@@ -27,9 +27,9 @@ def load_policy(model: Any) -> nn.Module:
     return model
 
 
-def load_tokenizer(processing_class: Any, model: Any) -> Any:
+def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the model's own. Without a pad token EOS pads: masks come from lengths, never from it."""
-    tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+    tokenizer = processing_class or AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no completion could ever end; set tokenizer.eos_token")
     if tokenizer.pad_token_id is None:

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +24,13 @@ from klft.generation import Completions
 from klft.models import evaluating
 from klft.ppo.guards import on_all_ranks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 RewardFunction = Callable[..., Any]
 """f(prompts, completions, completion_ids, **columns) -> one number per completion, or an awaitable of that."""
+RewardFunctions = RewardFunction | PreTrainedModel | str | Sequence[RewardFunction | PreTrainedModel | str]
+"""One or several of: a reward function, a sequence-classification model or its id."""
 
 
 class RewardModel:
@@ -38,7 +43,7 @@ class RewardModel:
     def __init__(
         self,
         model: str | PreTrainedModel,
-        tokenizer: Any = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         label: str | int | None = None,
         batch_size: int = 64,
@@ -113,9 +118,9 @@ def _whole_text(prompt: Any, completion: Any, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
-def as_reward_functions(reward_funcs: Any) -> list[RewardFunction]:
+def as_reward_functions(reward_funcs: RewardFunctions) -> list[RewardFunction]:
     """One or several callables, model ids or sequence-classification models -> callables, each with a `__name__`."""
-    listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not listed:
         raise ValueError("reward_funcs is empty: PPO needs at least one reward function")
     made = [RewardModel(f) if isinstance(f, (str, PreTrainedModel)) else f for f in listed]

@@ -1,6 +1,6 @@
 """One rollout: completions, scores of both models, values, and the numbers that its epochs need."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class RolloutStats:
     @staticmethod
     def from_state(state: dict[str, Any]) -> "RolloutStats":
         """From `state_dict()`."""
-        return replace(RolloutStats(**state), minibatch_tokens=tuple(state["minibatch_tokens"]))
+        restored: dict[str, Any] = state | {"minibatch_tokens": tuple(state["minibatch_tokens"])}  # JSON has lists
+        return RolloutStats(**restored)
 
 
 def forward_with_values(

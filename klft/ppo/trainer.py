@@ -6,13 +6,16 @@ resuming and evaluation are the Trainer's. There is no training loop here and no
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
@@ -29,6 +32,7 @@ from klft.ppo.guards import StopOnNonFiniteGradient
 from klft.ppo.losses import policy_losses, value_losses
 from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import (
+    RewardFunctions,
     as_reward_functions,
     move_reward_models,
     reward_name,
@@ -36,7 +40,15 @@ from klft.ppo.rewards import (
 )  # fmt: skip
 from klft.ppo.rollout import Rollout, forward_with_values, reference_side
 from klft.ppo.state import Pending, PPOState
+from klft.references import Reference
 from klft.scoring import Predictions, Scorer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers.trainer_utils import TrainOutput
+
+Rows = list[dict[str, Any]]
+"""Rows of the prompt dataset, as the dataloader yields them."""
 
 
 class PPOTrainer(Trainer):
@@ -57,17 +69,17 @@ class PPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
-        reward_funcs: Any,
+        model: nn.Module | str,
+        reward_funcs: RewardFunctions,
         args: PPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        reference: Any = None,
-        value_model: Any = None,
-        peft_config: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reference: Reference | PreTrainedModel | None = None,
+        value_model: PreTrainedModel | None = None,
+        peft_config: "PeftConfig | None" = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
     ):
         args = args or PPOConfig(output_dir="ppo_output")
         if not isinstance(args, PPOConfig):
@@ -94,15 +106,15 @@ class PPOTrainer(Trainer):
             args=args,
             data_collator=list,  # pyright: ignore - prompts are encoded during the rollout
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType] - a datasets.Dataset is one
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizers=optimizers,
+            optimizers=optimizers,  # pyright: ignore[reportArgumentType] - any scheduler will do
         )
         self.args: PPOConfig
         self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.resume_hint(self._output_dir)))
-        if hasattr(model, "warnings_issued"):
-            model.warnings_issued["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
+        if isinstance(warned := getattr(model, "warnings_issued", None), dict):
+            warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
         move_reward_models(self.reward_funcs, self.args.device)
         weights = reward_weights(args.reward_weights, len(self.reward_funcs))
@@ -132,7 +144,7 @@ class PPOTrainer(Trainer):
         """Completions trained on."""
         return self.ppo.episodes
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One micro-batch. Makes the next rollout first if the last one is used up."""
         cycle = self.ppo.cycle
         if cycle.rollout is None:
@@ -168,8 +180,12 @@ class PPOTrainer(Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Policy + value + KL loss of one micro-batch, divided by its whole minibatch's tokens on all processes."""
         micro: Rollout = inputs["rollout"]
         mask, args = micro.mask, self.args
@@ -241,13 +257,18 @@ class PPOTrainer(Trainer):
 
     # ---- evaluation, metrics ---------------------------------------------------------------------------------
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Generate from the evaluation prompts and measure; training draws the same random numbers with and without."""
         with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore
 
     def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: Rows, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """One evaluation batch, with random numbers that depend on the seed and its place alone."""
         gradient_state = self.accelerator.gradient_state
@@ -305,8 +326,11 @@ class PPOTrainer(Trainer):
         return self.accelerator.prepare(given.rollout_dataloader(self.train_dataset, self.args, self.data_collator))
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
-    ) -> Any:
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: object = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> "TrainOutput":
         """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir."""
         output_dir = self._output_dir
         with ckpt.locked(output_dir, self.accelerator):
@@ -320,7 +344,7 @@ class PPOTrainer(Trainer):
                 from klft.ppo.tokens import TokenTables
 
                 self.ppo.tokens = TokenTables(self, output_dir)
-            result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+            result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)  # pyright: ignore
             if self.ppo.tokens:
                 self.ppo.tokens.close()
             best = self.state.best_model_checkpoint
