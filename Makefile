@@ -36,7 +36,7 @@ test: $(STAMP)  ## run the tests (offline, no GPU, a few minutes)
 	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and pyright
-	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/pyright"
+	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/pyright" --pythonpath "$(BIN)/python"
 
 bench: $(STAMP)  ## side-by-side benchmarks; ratios, never absolute times
 	@"$(BIN)/python" benchmarks/divergences.py && "$(BIN)/python" benchmarks/fused.py
