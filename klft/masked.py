@@ -8,7 +8,7 @@ a NaN under the mask changes neither a value nor a gradient. `reduce` sums a ten
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 
@@ -20,6 +20,21 @@ def no_reduce(t: Tensor) -> Tensor:
 Reduce = Callable[[Tensor], Tensor]
 
 
+Mask = Bool[Tensor, "*B"] | Integer[Tensor, "*B"]
+"""True, or 1, where a token counts."""
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """A boolean mask of one with integers 0 and 1 in it, as tokenizers make them. ValueError for any other number."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point():
+        raise ValueError(f"a mask is True or 1 where a token counts; {mask.dtype} might be weights: pass mask != 0")
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("a mask is True or 1 where a token counts, else False or 0; got other numbers")
+    return mask != 0
+
+
 def scatter_masked(flat: Shaped[Tensor, "N *K"], mask: Bool[Tensor, "*B"]) -> Shaped[Tensor, "..."]:
     """[*B, *K], the inverse of `t[mask]`: its values back in their places, 0 elsewhere."""
     grid = flat.new_zeros(*mask.shape, *flat.shape[1:])
@@ -27,18 +42,19 @@ def scatter_masked(flat: Shaped[Tensor, "N *K"], mask: Bool[Tensor, "*B"]) -> Sh
     return grid
 
 
-def masked_sum(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
+def masked_sum(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Sum of x where mask holds, over all processes."""
-    return reduce(torch.where(mask, x, 0.0).sum())
+    return reduce(torch.where(as_mask(mask), x, 0.0).sum())
 
 
-def masked_mean(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
+def masked_mean(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts."""
-    return masked_sum(x, mask, reduce) / reduce(mask.sum()).clamp(min=1)
+    return masked_sum(x, mask, reduce) / reduce(as_mask(mask).sum()).clamp(min=1)
 
 
-def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
+def masked_var(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Variance (divided by the count, not count - 1) where mask holds, over all processes. 0 for one token or none."""
+    mask = as_mask(mask)
     x = torch.where(mask, x, 0.0)  # what is masked must not reach the arithmetic: a NaN would come back as a gradient
     # Two passes: a sum of squares minus a squared mean cancels in fp32.
     return masked_mean((x - masked_mean(x, mask, reduce)).square(), mask, reduce)
@@ -46,13 +62,15 @@ def masked_var(x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], reduce: Reduce 
 
 def masked_whiten(
     x: Float[Tensor, "*B"],
-    mask: Bool[Tensor, "*B"],
+    mask: Mask,
     reduce: Reduce = no_reduce,
     *,
     shift_mean: bool = True,
     eps: float = 1e-8,
 ) -> Float[Tensor, "*B"]:
-    """(x - mean) / sqrt(var + eps) where mask holds, 0 elsewhere. `shift_mean=False` only rescales."""
+    """(x - mean) / sqrt(var + eps) where mask holds, 0 elsewhere. `shift_mean=False` only rescales: the mean is scaled
+    too, where TRL's masked_whiten puts it back as it was. The variance is masked_var's, divided by the count."""
+    mask = as_mask(mask)
     x = torch.where(mask, x, 0.0)
     centre = masked_mean(x, mask, reduce) if shift_mean else 0.0
     return torch.where(mask, (x - centre) * torch.rsqrt(masked_var(x, mask, reduce) + eps), 0.0)

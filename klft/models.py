@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from klft.divergences import reverse_kl
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,11 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """[B, T] -> each token's place among the real ones of its row; 0 on left padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict[str, Any]:
     """Keyword arguments of one scoring forward, whose logits are the last `keep` positions' (0: all). `model` may be
     wrapped; call it as you have it.
@@ -36,10 +43,38 @@ def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, k
     accepted = inspect.signature(base_of(model).forward).parameters
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in accepted:
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = token_positions(attention_mask)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
     return inputs
+
+
+_places_padding: set[type] = set()  # classes whose logits left padding was seen not to change
+
+
+def check_left_padding(model: nn.Module, role: str = "model") -> None:
+    """Raise TypeError for a model whose logits left padding changes: recurrent ones, and positions by column.
+
+    Two small forwards, once per class: three tokens alone, and the same three after padding.
+    """
+    kind = type(base_of(model))
+    if kind in _places_padding:
+        return
+    device, rows = next(model.parameters()).device, vocab_size(model)
+    tokens = torch.tensor([5, 7, 6], device=device) % rows
+    alone, padded = tokens[None], torch.cat([tokens.new_zeros(6), tokens])[None]
+    mask = (torch.arange(9, device=device) >= 6).long()[None]
+    with evaluating(model):
+        plain = model(**causal_inputs(model, alone, torch.ones_like(alone), 3)).logits[:, -3:]
+        after = model(**causal_inputs(model, padded, mask, 3)).logits[:, -3:]
+    off = float(reverse_kl(after, plain).max())
+    if not off < (1e-5 if plain.dtype in (torch.float32, torch.float64) else 1e-2):
+        raise TypeError(
+            f"{role}: {kind.__name__} does not leave padding out: the same three tokens have other probabilities "
+            f"after left padding (KL {off:.1e} nats). Score texts of equal length, without padding, or use a model "
+            "that reads the attention mask and position_ids"
+        )
+    _places_padding.add(kind)
 
 
 def require_causal_lm(model: nn.Module, role: str) -> None:
@@ -67,9 +102,12 @@ def require_causal_lm(model: nn.Module, role: str) -> None:
 
 def check_vocabularies(tokenizer: "PreTrainedTokenizerBase", **sizes: int) -> None:
     """Raise ValueError if a head (by role: its rows) is smaller than the tokenizer. Rows beyond its ids may differ."""
+    ids = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else range(len(tokenizer))
+    last = max(ids, default=-1)  # ids may have gaps: not always len(tokenizer) - 1
     for role, size in sizes.items():
-        if size < len(tokenizer):
-            raise ValueError(f"the {role}'s head has {size} rows, but the tokenizer has {len(tokenizer)} ids")
+        if size <= last:
+            gaps = "" if last < len(tokenizer) else f", up to {last}"
+            raise ValueError(f"the {role}'s head has {size} rows, but the tokenizer has {len(tokenizer)} ids{gaps}")
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -118,19 +156,36 @@ def evaluating(model: nn.Module):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: dropout modules and the floats that functional calls read."""
+    """Set every dropout probability to 0: dropout modules, the floats that functional calls read, and layer drop."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def quiet(model: nn.Module) -> None:
+    """Eval mode for all but layers that checkpoint their activations, which do so in train mode only.
+
+    After `model.train()`, before a loss: dropout, router jitter, layer drop and their like then stay off, as they were
+    when the tokens were scored. Gradients flow as before.
+    """
+    for module in model.modules():
+        module.training = module.training and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def max_positions(model: nn.Module) -> int | None:
     """The longest text the model can read, in tokens; None where its configuration has no such limit."""
     positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
+
+
+def position_offset(model: nn.Module) -> int:
+    """Positions that are never used: RoBERTa and its kin count from behind the pad id."""
+    embeddings = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [m.padding_idx for m in embeddings if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    return padding[0] + 1 if padding else 0
 
 
 def check_positions(longest: int, **positions: int | None) -> None:
@@ -140,14 +195,24 @@ def check_positions(longest: int, **positions: int | None) -> None:
             raise ValueError(f"texts have up to {longest} tokens, the {role} {limit} positions: cut them shorter")
 
 
-def check_no_shared_storage(reference: nn.Module, policy: nn.Module) -> None:
-    """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
-    own = {p.untyped_storage().data_ptr() for p in reference.parameters() if p.numel()}
-    for name, p in policy.named_parameters():
-        if p.numel() and p.untyped_storage().data_ptr() in own:
+def address(p: Tensor) -> int | None:
+    """Where a tensor's numbers are; None for tensor subclasses without a storage of their own (torchao)."""
+    try:
+        return p.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def check_no_shared_storage(
+    kept: nn.Module, trained: nn.Module, *, role: str = "reference", trained_role: str = "policy"
+) -> None:
+    """Raise ValueError, naming the parameter, if one of the trained model's lives in the other's storage."""
+    own = {address(p) for p in kept.parameters() if p.numel()} - {None}
+    for name, p in trained.named_parameters():
+        if p.numel() and address(p) in own:
             raise ValueError(
-                f"the reference shares the policy's memory (parameter {name!r}), so it would not stay frozen. "
-                "Load it a second time, or copy it with copy.deepcopy(model)."
+                f"the {role} shares the {trained_role}'s memory (parameter {name!r}), so training the {trained_role} "
+                f"would change the {role}. Load it a second time, or copy it with copy.deepcopy(model)."
             )
 
 
@@ -179,11 +244,21 @@ class _Tied(torch.autograd.Function):
         return gradient, *[None] * ctx.count
 
 
+def _place_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Add the positions that count real tokens only, unless the caller has some: a reference is placed so too."""
+    mask = kwargs.get("attention_mask")
+    takes_them = "position_ids" in inspect.signature(base_of(model).forward).parameters
+    if takes_them and kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs = kwargs | {"position_ids": token_positions(mask)}
+    return args, kwargs
+
+
 @contextmanager
 def hidden_states(model: nn.Module):
     """Forwards of `model` inside compute no logits: they return [B, 0, V], and kept.hidden [B, T, D] is what the head
     would have read (T tokens, or the last logits_to_keep).
 
+    Tokens are placed as `causal_inputs` places them where the call has an attention_mask and no position_ids.
     Only the forward of the head's module is exchanged, so all hooks run (DDP, FSDP2, PEFT, tensor parallel) and the
     head's parameters have their place in the graph. Pass the model as you call it. Raises RuntimeError at the end if no
     forward came through the head (a model compiled before, for instance).
@@ -204,6 +279,7 @@ def hidden_states(model: nn.Module):
 
     before = {name: value for name, value in vars(head).items() if name == "forward"}  # tensor parallel has its own
     hook = model.register_forward_hook(join)
+    places = model.register_forward_pre_hook(_place_tokens, with_kwargs=True)
     head.forward = keep
     try:
         yield kept
@@ -211,5 +287,6 @@ def hidden_states(model: nn.Module):
             raise RuntimeError(f"hidden_states: no forward of {type(base_of(model)).__name__} came through its head")
     finally:
         hook.remove()
+        places.remove()
         del head.forward
         vars(head).update(before)

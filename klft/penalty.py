@@ -20,18 +20,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from klft.controllers import Controller, FixedKL
+from klft.divergences import reverse_kl
 from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
 from klft.fused import token_scores
 from klft.heads import LMHead
-from klft.masked import Reduce, no_reduce, scatter_masked
+from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
 from klft.references import Reference, resolve_reference
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
+from klft.sharding import all_reduce_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,6 +158,8 @@ class KLPenalty:
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
+        self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
+        self._losses_called, self._warned_no_loss = False, False
         self._warned_nonfinite = False
 
     @property
@@ -167,28 +171,35 @@ class KLPenalty:
 
     def measure(
         self,
-        logits: Float[Tensor, "B T V"],
-        input_ids: Int[Tensor, "B T"],
-        attention_mask: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
+        logits: Float[Tensor, "..."],  # [B, T, V]; shapes that do not fit are named
+        input_ids: Int[Tensor, "..."],  # [B, T], as all that follow
+        attention_mask: Shaped[Tensor, "..."],
+        mask: Shaped[Tensor, "..."],
         *,
         behaviour_logp: Float[Tensor, "B T"] | None = None,
         temperature: float = 1.0,
     ) -> TokenKL:
         """Run the reference and compare. Everything in the result is [B, T], aligned with `input_ids`.
 
-        `logits` are the policy's, untouched: position t predicts token t + 1; the shift is made here, and the first
-        token, which nothing predicts, never counts. `mask` is True on the tokens that were generated. Pass the
-        `temperature` they were sampled with: both models are scored at it.
+        `logits` are the policy's, untouched: position t predicts token t + 1; the shift is made here, and a token that
+        no real one predicts (a text's first) never counts. `mask` is True on the tokens that were generated. Pass the
+        `temperature` they were sampled with: both models are scored at it. Make the logits with
+        `model(**causal_inputs(model, input_ids, attention_mask))`: with left padding learned positions need it, and a
+        warning says where the logits look as if they had none.
+
+        Raises ValueError for shapes that do not belong together, and for ids that are none.
         """
+        _check_measured(logits, input_ids, attention_mask, mask)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"KLPenalty.measure: temperature must be a finite number above 0, got {temperature}")
         keep = input_ids.shape[1]
-        ref_logits = self.reference.logits(input_ids, attention_mask, keep)
+        ref_logits = self._reference_logits(logits, input_ids, attention_mask)
         shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         logits, ref_logits = (self._cut(t, shared).roll(1, 1) / temperature for t in (logits, ref_logits))
-        mask = mask & (torch.arange(keep, device=mask.device) > 0)
+        # Only tokens that a real token predicts: not the first of a text, whatever is padded before it.
+        real = attention_mask.to(mask.device) != 0
+        mask = as_mask(mask) & real & real.roll(1, 1) & (torch.arange(keep, device=mask.device) > 0)
         scores = score_logits(logits, ref_logits, input_ids)
         infinite = mask & ~self._exact_of(scores).detach().isfinite()
         one_sided = _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
@@ -196,12 +207,37 @@ class KLPenalty:
             scores, mask, token_ids=input_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
         )
 
+    def _reference_logits(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The reference's, with its tokens placed as the policy's logits say the policy's were."""
+        keep, reference = input_ids.shape[1], self.reference
+        ref_logits = reference.logits(input_ids, attention_mask, keep)
+        by_column = getattr(reference, "logits_by_column", None)
+        padded = (attention_mask[:, :1] == 0).any(1)
+        if by_column is None or self._by_column is False or not bool(padded.any()):
+            return ref_logits
+        columns = by_column(input_ids, attention_mask, keep)
+        if self._by_column is None:
+            real = (attention_mask != 0) & padded[:, None]
+            shared = min(logits.shape[-1], ref_logits.shape[-1])
+            rows = [t.detach()[..., :shared][real.to(t.device)] for t in (logits, ref_logits, columns)]
+            # Relative positions: no difference but rounding. Learned ones: nats, and the policy's logits say which.
+            differ = float(reverse_kl(rows[1], rows[2].to(rows[1].device)).mean()) > 1e-3
+            by_mask, by_columns = (float(reverse_kl(rows[0], t.to(rows[0].device)).mean()) for t in rows[1:])
+            self._by_column = differ and by_columns < by_mask / 2
+            if self._by_column:
+                logger.warning(
+                    "KLPenalty.measure: the policy's logits of left-padded rows look as if positions counted padding, "
+                    "and the reference is scored alike. A text's positions then depend on its padding: call the model "
+                    "as model(**klft.causal_inputs(model, input_ids, attention_mask))"
+                )
+        return columns if self._by_column else ref_logits
+
     def measure_hidden(
         self,
         hidden: Float[Tensor, "*B D"],
         head: LMHead,
         token_ids: Int[Tensor, "*B"],
-        mask: Bool[Tensor, "*B"],
+        mask: Mask,
         ref_hidden: Float[Tensor, "*B E"],
         ref_head: LMHead,
         *,
@@ -213,6 +249,7 @@ class KLPenalty:
         Only tokens where `mask` holds are scored; the others' scores are 0. Differentiable in hidden and head. Over a
         sharded head all ranks call it together.
         """
+        mask = as_mask(mask)
         flat_hidden, flat_ref = hidden[mask], ref_hidden[mask.to(ref_hidden.device)].to(hidden.device)
         flat = token_scores(flat_hidden, head, token_ids[mask], flat_ref, ref_head, temperature=temperature)
         infinite = (~self._exact_of(flat).detach().isfinite()).nonzero().flatten()[:1]
@@ -342,6 +379,7 @@ class KLPenalty:
 
     def losses(self, kl: TokenKL) -> Float[Tensor, "*B"]:
         """coef * KL per token with that direction's true gradient; zeros if nothing belongs in the loss."""
+        self._losses_called = True
         if self.placement == "reward":
             return torch.zeros_like(kl.scores.logp)
         return self.coef * self.token_kl(kl, gradient="unbiased")
@@ -400,9 +438,20 @@ class KLPenalty:
             )  # fmt: skip
         return nats / max(episodes, 1.0), int(episodes)
 
-    def update(self, kl: TokenKL, reduce: Reduce = no_reduce) -> float:
-        """Show the controller this batch, see sequence_kl; the new coefficient."""
-        return self.controller.update(*self.sequence_kl(kl, reduce))
+    def update(self, kl: TokenKL, reduce: Reduce | None = None) -> float:
+        """Show the controller this batch, see sequence_kl; the new coefficient.
+
+        Call it on every process: where a process group is there, the batch is that of all of them, and so the
+        coefficient stays the same on each. `reduce` sums over processes in another way.
+        """
+        if self.placement == "both" and not self._losses_called and not self._warned_no_loss:
+            self._warned_no_loss = True
+            logger.warning(
+                "KLPenalty: placement='both' and no losses(kl) or token_losses(scores) since the last update: the "
+                "reward alone has not the gradient of the KL. Add masked_mean(penalty.losses(kl), kl.mask) to the loss"
+            )
+        self._losses_called = False
+        return self.controller.update(*self.sequence_kl(kl, all_reduce_sum if reduce is None else reduce))
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state."""
@@ -411,6 +460,23 @@ class KLPenalty:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.controller.load_state_dict(state)
+
+
+def _check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
+    """Raise ValueError, naming the convention, unless logits are [B, T, V] and the others [B, T]."""
+    shape = input_ids.shape
+    if input_ids.dim() != 2 or logits.shape[:-1] != shape or attention_mask.shape != shape or mask.shape != shape:
+        raise ValueError(
+            "KLPenalty.measure: expected logits [B, T, V] of whole sequences, prompt and completion, not shifted, and "
+            f"input_ids, attention_mask and mask [B, T] (mask True on generated tokens); got logits "
+            f"{list(logits.shape)}, input_ids {list(shape)}, attention_mask {list(attention_mask.shape)}, mask "
+            f"{list(mask.shape)}"
+        )
+    if input_ids.numel() and int(input_ids.min()) < 0:
+        raise ValueError(
+            f"KLPenalty.measure: input_ids has {int(input_ids.min())}: pass the ids, not labels, and say in `mask` "
+            "which tokens count"
+        )
 
 
 def _one_sided(logits: Float[Tensor, "N V"], ref_logits: Float[Tensor, "N V"]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from klft.divergences import entropy, forward_kl, reverse_kl
 from klft.estimators import k1, k2, k3
-from klft.masked import token_logps
+from klft.masked import Mask, as_mask, token_logps
 
 
 @dataclass
@@ -154,9 +154,7 @@ class _Values:
         return float(self.ordered[round((len(self.ordered) - 1) * percent / 100)])
 
 
-def kl_metrics(
-    scores: TokenScores, mask: Bool[Tensor, "*B"], *, weight: Float[Tensor, "*B"] | None = None
-) -> dict[str, float]:
+def kl_metrics(scores: TokenScores, mask: Mask, *, weight: Float[Tensor, "*B"] | None = None) -> dict[str, float]:
     """The numbers to log of one batch, of this process: kl/reverse/mean, kl/sequence/reverse/mean, ...
 
     Args:
@@ -165,6 +163,7 @@ def kl_metrics(
 
     Nats, Python floats. Percentiles are nearest ranks over tokens, whatever their weight.
     """
+    mask = as_mask(mask)
     sequence = torch.arange(mask.numel(), device=mask.device) // max(mask.shape[-1], 1)
     if weight is not None:
         mask = mask & (weight != 0)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from klft.masked import Reduce, no_reduce
+from klft.masked import Mask, Reduce, as_mask, no_reduce
 
 
 def weigh_scores(scores: Float[Tensor, "B K"], weights: Float[Tensor, "K"]) -> Float[Tensor, "B"]:
@@ -35,13 +35,22 @@ def finish_scores(
 
 
 def shape_rewards(
-    scores: Float[Tensor, "B"], kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, coef: float
+    scores: Float[Tensor, "..."], kl: Float[Tensor, "B T"], mask: Mask, *, coef: float
 ) -> Float[Tensor, "B T"]:
     """-coef * kl on every token that counts, plus the score on the last of them; 0 elsewhere. Detached.
 
     With `kl` = k1, gamma = lam = 1, the policy gradient of these rewards is that of E[score] - coef * KL(policy||ref)
-    over whole sequences. The sum of a row is score - coef * sum(kl). A row without a token stays 0.
+    over whole sequences. The sum of a row is score - coef * sum(kl). A row without a token stays 0. Scores [B, 1], as a
+    reward model's logits are, count as [B]. Raises ValueError for shapes that do not belong together.
     """
+    if scores.dim() == 2 and scores.shape[1] == 1:
+        scores = scores.squeeze(1)
+    if mask.dim() != 2 or kl.shape != mask.shape or scores.shape != mask.shape[:1]:
+        raise ValueError(
+            f"shape_rewards: expected one score per row [B], kl and mask [B, T]; got scores {list(scores.shape)}, "
+            f"kl {list(kl.shape)}, mask {list(mask.shape)}"
+        )
+    mask = as_mask(mask)
     rewards = torch.where(mask, -coef * kl.detach(), 0.0)
     position = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, position, -1).amax(-1, keepdim=True) if mask.shape[1] else mask.long()

@@ -32,6 +32,14 @@ class HasDeviceMesh(Protocol):
         ...
 
 
+def all_reduce_sum(t: Tensor) -> Tensor:
+    """The sum over the default process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """Rows [start, stop) of a head over `vocab_size` tokens live on this process. `group` None: the default group.

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from klft.divergences import find_divergence
 from klft.fused import torch_backend
@@ -109,6 +109,26 @@ def plan_of(
     )
 
 
+def _head(head: LMHead | nn.Module, role: str) -> LMHead:
+    """A head; a linear layer is one without scale and softcap."""
+    if isinstance(head, LMHead):
+        return head
+    if isinstance(head, nn.Linear):
+        return LMHead(head.weight, head.bias)
+    raise TypeError(f"{role}: expected a klft.LMHead (LMHead.from_model(model)), got {type(head).__name__}")
+
+
+def _inputs(
+    hidden: Tensor, head: LMHead | nn.Linear, ref_head: LMHead | nn.Linear | None
+) -> tuple[Tensor, LMHead, LMHead | None]:
+    """What a user may pass -> what is worked on."""
+    return (
+        _ordinary(hidden),
+        _head(head, "the policy"),
+        None if ref_head is None else _head(ref_head, "the reference"),
+    )
+
+
 def _ordinary(t: Tensor) -> Tensor:
     """A copy of what was made in inference mode, as rollouts often are: autograd saves no such tensor."""
     return t.clone() if t.is_inference() else t
@@ -136,10 +156,10 @@ def _same_rows(head: LMHead, ref_head: LMHead) -> LMHead:
 
 def token_scores(
     hidden: Float[Tensor, "N D"],
-    head: LMHead,
+    head: LMHead | nn.Linear,
     token_ids: Int[Tensor, "N"],
     ref_hidden: Float[Tensor, "N E"] | None = None,
-    ref_head: LMHead | None = None,
+    ref_head: LMHead | nn.Linear | None = None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -150,14 +170,14 @@ def token_scores(
     entropy (and top_ids, top_p) are there. With `top_k` both models' k most likely tokens and their probabilities.
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
     """
-    hidden = _ordinary(hidden)
-    plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
-    if not 0 <= top_k <= head.vocab_size:
-        raise ValueError(f"token_scores: top_k must lie in 0..{head.vocab_size} (the vocabulary), got {top_k}")
+    hidden, own, theirs = _inputs(hidden, head, ref_head)
+    plan = plan_of(hidden, own, token_ids, ref_hidden, theirs, temperature)
+    if not 0 <= top_k <= own.vocab_size:
+        raise ValueError(f"token_scores: top_k must lie in 0..{own.vocab_size} (the vocabulary), got {top_k}")
     both = ref_hidden is not None
     names = ("logp", "entropy", "ref_logp", "ref_entropy", "reverse_kl", "forward_kl") if both else ("logp", "entropy")
     wanted = top_k if both or top_k else -1  # top-1 agreement needs each model's best token
-    outputs: Any = Scores.apply(hidden, head.weight, head.bias, plan, names, wanted)
+    outputs: Any = Scores.apply(hidden, own.weight, own.bias, plan, names, wanted)
     scores = TokenScores(**dict(zip(names, outputs, strict=False)))
     tops = outputs[len(names) :]
     if both:
@@ -171,9 +191,9 @@ def token_scores(
 
 def linear_divergence(
     hidden: Float[Tensor, "N D"],
-    head: LMHead,
+    head: LMHead | nn.Linear,
     ref_hidden: Float[Tensor, "N E"],
-    ref_head: LMHead,
+    ref_head: LMHead | nn.Linear,
     *,
     divergence: str = "reverse_kl",
     temperature: float = 1.0,
@@ -186,25 +206,25 @@ def linear_divergence(
     Raises ValueError for an unknown name or a parameter that the dense function refuses, TypeError for one it has not.
     """
     _, values = find_divergence(divergence, params)
-    hidden = _ordinary(hidden)
+    hidden, own, theirs = _inputs(hidden, head, ref_head)
     if divergence not in EXACT:
         # Formulas of klft.divergences on a block, in torch on every device: Triton's blocks would be whole tiles.
         _backend(backend, hidden.device)
         backend = "torch"
-    plan = plan_of(hidden, head, None, ref_hidden, ref_head, temperature, backend)
+    plan = plan_of(hidden, own, None, ref_hidden, theirs, temperature, backend)
     if divergence in EXACT:
-        (result,) = Scores.apply(hidden, head.weight, head.bias, plan, (divergence,), -1)  # pyright: ignore
+        (result,) = Scores.apply(hidden, own.weight, own.bias, plan, (divergence,), -1)  # pyright: ignore
         return result
-    return DivergencePerToken.apply(hidden, head.weight, head.bias, plan, divergence, values)  # pyright: ignore
+    return DivergencePerToken.apply(hidden, own.weight, own.bias, plan, divergence, values)  # pyright: ignore
 
 
 def fused_token_loss(
     loss_fn: Callable[..., Tensor],
     hidden: Float[Tensor, "N D"],
-    head: LMHead,
+    head: LMHead | nn.Linear,
     token_ids: Int[Tensor, "N"],
     ref_hidden: Float[Tensor, "N E"] | None = None,
-    ref_head: LMHead | None = None,
+    ref_head: LMHead | nn.Linear | None = None,
     *,
     temperature: float = 1.0,
     per_token: Sequence[Tensor] = (),
@@ -220,8 +240,8 @@ def fused_token_loss(
     Values in nats where the scores are. A second backward (retain_graph) runs loss_fn again. Raises ValueError where a
     gradient would be lost, and for what token_scores refuses.
     """
-    hidden = _ordinary(hidden)
-    plan = plan_of(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+    hidden, own, theirs = _inputs(hidden, head, ref_head)
+    plan = plan_of(hidden, own, token_ids, ref_hidden, theirs, temperature)
     for t in per_token:
         if t.requires_grad or len(t) != len(token_ids):
             raise ValueError(
@@ -229,7 +249,7 @@ def fused_token_loss(
                 f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
             )
     constants = tuple(map(_ordinary, per_token))
-    leaves = (hidden, head.weight, head.bias)
+    leaves = (hidden, own.weight, own.bias)
     if not torch.is_grad_enabled():  # autograd would have the gradients made all the same
         leaves = tuple(None if t is None else t.detach() for t in leaves)
     return TokenLoss.apply(*leaves, plan, loss_fn, constants)  # pyright: ignore

@@ -193,6 +193,11 @@ def _check_captured(loss: Tensor, leaves: dict[str, Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__.startswith("MeanBackward"):
+            raise ValueError(
+                "fused_token_loss: loss_fn takes a mean, but it sees a chunk of the tokens at a time: return the *sum* "
+                "over the chunk, and divide the result by the number of all tokens"
+            )
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in own:
             raise ValueError(

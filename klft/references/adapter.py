@@ -7,11 +7,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from klft.heads import LMHead
-from klft.models import causal_inputs, evaluating
+from klft.models import address, causal_inputs, evaluating
 from klft.references.frozen import ModelReference, hidden_and_head
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+
+
+# LoRA initialisations that leave the base weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract
+# from them what the adapter starts with.
+KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def why_base_moves(config: "PeftConfig", trains: bool = True) -> str | None:
+    """Why a model with its adapter off would not be, or with `trains` not stay, the base model; None where it is."""
+    initial = getattr(config, "init_lora_weights", True)
+    if initial not in KEEPING_THE_BASE:
+        return f"init_lora_weights={initial!r} rewrites the base weights"
+    bias = getattr(config, "bias", "none")
+    return f"bias={bias!r} trains biases of the base model" if trains and bias != "none" else None
 
 
 class AdapterReference(ModelReference):
@@ -27,6 +41,13 @@ class AdapterReference(ModelReference):
                 "second, frozen model"
             )
         super().__init__(peft_model)
+        for name, config in getattr(peft_model, "peft_config", {}).items():
+            problem = why_base_moves(config, trains=False)
+            if problem:
+                raise ValueError(
+                    f"adapter {name!r}: {problem}, so the model without its adapter is not the base model. Load the "
+                    "base model a second time and pass it as the reference."
+                )
 
     @property
     def name(self) -> str:
@@ -41,7 +62,9 @@ class AdapterReference(ModelReference):
         # PEFT marks what an adapter owns with its tuner's prefix, or with one of these.
         marks = ["modules_to_save", "prompt_encoder", "trainable_tokens_"]
         marks.append(getattr(self.model.base_model, "prefix", "") or "prompt_encoder")
-        shared = [n for n, p in policy.named_parameters() if p.requires_grad and not any(m in n for m in marks)]
+        trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad and not any(m in n for m in marks)]
+        own = {id(p) for p in self.model.parameters()} | ({address(p) for p in self.model.parameters()} - {None})
+        shared = [name for name, p in trained if id(p) in own or address(p) in own]
         if shared:
             raise ValueError(
                 f"these weights are trained but belong to the base model, which is the reference: {shared[:3]}. "
@@ -54,6 +77,16 @@ class AdapterReference(ModelReference):
         """Logits of the last `keep` positions (0: all)."""
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
+            self._check_padding(attention_mask)
+            return self.model(**inputs).logits[:, -keep:]
+
+    def logits_by_column(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> Float[Tensor, "B K V"]:
+        """`logits` as a forward without position_ids gives them: positions count padding."""
+        inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
+        inputs.pop("position_ids", None)
+        with evaluating(self.model), self.model.disable_adapter():
             return self.model(**inputs).logits[:, -keep:]
 
     def hidden(
@@ -62,4 +95,5 @@ class AdapterReference(ModelReference):
         """(hidden states, head) of the base model. TypeError where the head cannot be read."""
         inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
         with evaluating(self.model), self.model.disable_adapter():
+            self._check_padding(attention_mask)
             return hidden_and_head(self.model, inputs, keep)

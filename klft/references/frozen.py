@@ -11,6 +11,7 @@ from klft.heads import LMHead
 from klft.models import (
     base_of,
     causal_inputs,
+    check_left_padding,
     check_no_shared_storage,
     hidden_states,
     max_positions,
@@ -28,6 +29,7 @@ class ModelReference:
     def __init__(self, model: Any):
         require_causal_lm(model, "reference")
         self.model = model
+        self._padding_checked = False
 
     @property
     def name(self) -> str:
@@ -61,6 +63,15 @@ class ModelReference:
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError, naming a parameter, if training the policy would move the reference."""
         raise NotImplementedError
+
+    def _check_padding(self, attention_mask: Tensor) -> None:
+        """Before the first rows with left padding (over processes: before any, so that all take part)."""
+        if self._padding_checked:
+            return
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if together or bool((attention_mask[:, :1] == 0).any()):
+            check_left_padding(self.model, "reference")
+            self._padding_checked = True
 
     # Names of klft 0.1.
 
@@ -106,6 +117,7 @@ class FrozenReference(ModelReference):
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
         self.model.eval()  # a trainer that walks over modules may have flipped it
+        self._check_padding(attention_mask)
         device = next(self.model.parameters()).device
         return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
 
@@ -115,6 +127,16 @@ class FrozenReference(ModelReference):
         """Logits of the last `keep` positions (0: all), on the device of input_ids."""
         with torch.no_grad():
             logits = self.model(**self._inputs(input_ids, attention_mask, keep)).logits
+        return logits[:, -keep:].to(input_ids.device)
+
+    def logits_by_column(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> Float[Tensor, "B K V"]:
+        """`logits` as a forward without position_ids gives them: positions count padding."""
+        inputs = self._inputs(input_ids, attention_mask, keep)
+        inputs.pop("position_ids", None)
+        with torch.no_grad():
+            logits = self.model(**inputs).logits
         return logits[:, -keep:].to(input_ids.device)
 
     def hidden(

@@ -12,7 +12,7 @@ from torch import nn
 
 from klft import heads
 from klft.heads import LMHead
-from klft.models import hidden_states
+from klft.models import hidden_states, token_positions
 from klft.ppo.value import attach_value_head, install_hooks, with_values
 from klft.sharding import VocabShard
 
@@ -130,8 +130,9 @@ def test_tables_say_what_the_installed_classes_do():
 def test_padding_on_the_left_and_the_last_logits_only():
     model = llama()
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    logits, theirs = own(model, attention_mask=mask, logits_to_keep=3)
-    mine, found, _ = read(model, attention_mask=mask, logits_to_keep=3)
+    places = {"position_ids": token_positions(mask)}
+    logits, theirs = own(model, attention_mask=mask, logits_to_keep=3, **places)
+    mine, found, _ = read(model, attention_mask=mask, logits_to_keep=3)  # places tokens by the mask itself
     assert mine.shape == (2, 3, V)
     torch.testing.assert_close(mine, logits, rtol=1e-12, atol=1e-12)
     assert_same_gradients(found, theirs)
