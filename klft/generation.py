@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from klft.models import evaluating
+from klft.models import base_of, evaluating
 from klft.prompts import completion_mask
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def sample_completions(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    own, generate = model.generation_config, cast(Any, model).generate
+    base, generate = base_of(model), cast(Any, model).generate
+    own, own_of_base = model.generation_config, base.generation_config
     # generate fills what `config` leaves open from the model's own defaults (a top_p, a repetition penalty ...), and
     # would then sample from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
@@ -82,7 +83,7 @@ def sample_completions(
                 logits_processor=LogitsProcessorList([_SharedVocabulary(vocab_size)]),
             )
     finally:
-        model.generation_config = own
+        model.generation_config, base.generation_config = own, own_of_base  # PEFT hands its own on to the base
     completion_ids = ids[:, prompt_ids.shape[1] :]
     eos: Any = config.eos_token_id
     mask, terminated = completion_mask(completion_ids, eos if isinstance(eos, list) else [eos] * (eos is not None))

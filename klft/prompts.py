@@ -56,12 +56,30 @@ def pad(
 # ---- prompts and completions ----------------------------------------------------------------------------------------
 
 
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Token ids of a text, with the tokenizer's special tokens; one BOS where the text begins with it already."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    twice = bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token))
+    return ids[1:] if twice else ids
+
+
+def cut_prompt(tokenizer: "PreTrainedTokenizerBase", ids: list[int], max_length: int | None) -> list[int]:
+    """The end of a prompt that is too long, after its BOS if it has one."""
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and max_length > 1 else []
+    return bos + ids[len(ids) - max_length + len(bos) :]
+
+
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """A string, or messages that an assistant would answer, as token ids."""
     from trl import apply_chat_template
 
     if isinstance(prompt, str):
-        return tokenizer(prompt, verbose=False)["input_ids"]
+        ids = _tokenize(tokenizer, prompt)
+        appended = bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
+        return ids[:-1] if appended else ids  # a prompt goes on: some tokenizers end every text
     text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
 
@@ -69,13 +87,13 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], max_length: int | None = None
 ) -> list[list[int]]:
-    """Prompts as token ids; too long a prompt keeps its end. Raises ValueError for one without a single token."""
+    """Prompts as token ids, see cut_prompt. Raises ValueError for one without a single token."""
     rows = []
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
-        rows.append(ids[-max_length:] if max_length else ids)
+        rows.append(cut_prompt(tokenizer, ids, max_length))
     return rows
 
 
@@ -91,16 +109,29 @@ def completion_mask(
 def decode_completions(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
     completion_ids: Int[Tensor, "B C"],
     mask: Bool[Tensor, "B C"],
 ) -> list[Prompt]:
-    """Completions as reward functions see them: text, or one assistant message after a conversation."""
+    """Completions as reward functions see them: text, or one assistant message after a conversation.
+
+    prompt + completion is what the tokens read as: many tokenizers drop the space before a word that is decoded alone.
+    """
+    before = [row[real].tolist() for row, real in zip(prompt_ids, prompt_mask, strict=True)]
     kept = [row[real].tolist() for row, real in zip(completion_ids, mask, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    alone, heads, wholes = (
+        tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for rows in (kept, before, [b + k for b, k in zip(before, kept, strict=True)])
+    )
+    written: list[Prompt] = []
+    for prompt, text, head, whole in zip(prompts, alone, heads, wholes, strict=True):
+        if not isinstance(prompt, str):
+            written.append([{"role": "assistant", "content": text}])  # a message does not begin with the space
+        else:
+            # A prompt that reads otherwise with what follows it: then the completion by itself.
+            written.append(whole[len(head) :] if whole.startswith(head) else text)
+    return written
 
 
 # ---- whole texts ----------------------------------------------------------------------------------------------------
@@ -155,7 +186,7 @@ def _encode(tokenizer: Any, text: Any, number: int) -> tuple[list[int], int]:
     if isinstance(text, str):
         text = {"text": text}
     if isinstance(text.get("text"), str):
-        return (tokenizer(text["text"], verbose=False)["input_ids"] if text["text"].strip() else []), 0
+        return (_tokenize(tokenizer, text["text"]) if text["text"].strip() else []), 0
     try:
         return _encode_pair(tokenizer, text)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -115,23 +115,33 @@ def differences(saved: dict, current: dict) -> list[str]:
     return [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in current.items() if saved.get(k) != v]
 
 
-def resolve_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
+def resolve_checkpoint(output_dir: Path, wanted: str | os.PathLike | bool | None) -> Path | None:
     """The checkpoint to resume from: the folder named, or for True the complete one written last.
 
     Raises ValueError if the named one is damaged (the file is named), or for True if there is none.
     """
     if not wanted or str(wanted).lower() == "false":
         return None
-    if isinstance(wanted, str) and wanted.lower() != "true":
+    if not isinstance(wanted, bool) and str(wanted).lower() != "true":
         problem = what_is_wrong(Path(wanted))
         if problem:
             raise ValueError(f"cannot resume: {problem}")
-        return Path(wanted)
+        return _with_optimizer(Path(wanted))
     newest = newest_complete(output_dir)
     if newest is None:
         raise ValueError(f"cannot resume: there is no complete checkpoint in {output_dir}")
     logger.warning(f"resuming from {newest}")
-    return newest
+    return _with_optimizer(newest)
+
+
+def _with_optimizer(folder: Path) -> Path:
+    """The folder. ValueError for one of save_only_model=True: its continuation would be another run."""
+    if not [*folder.glob("optimizer*"), *folder.glob("global_step*"), *folder.glob("pytorch_model_fsdp*")]:
+        raise ValueError(
+            f"cannot resume: {folder} holds the model only (save_only_model=True), no optimizer and no random state. "
+            "Start a new run from it: PPOTrainer(model=that folder)"
+        )
+    return folder
 
 
 @contextmanager
@@ -157,6 +167,18 @@ def locked(output_dir: Path, accelerator: Accelerator):
 
 
 @contextmanager
+def hub_folder(args: Any):
+    """What the Trainer uploads inside lies in output_dir/hub: output_dir itself holds prompts and completions."""
+    output_dir = args.output_dir
+    args.output_dir = str(Path(output_dir) / "hub")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        args.output_dir = output_dir
+
+
+@contextmanager
 def writing(trainer: Any, final: Path):
     """The Trainer's own saving, pointed at a temporary folder inside; sealed, rotated and pushed on the way out."""
     args, accelerator = trainer.args, trainer.accelerator
@@ -178,8 +200,13 @@ def writing(trainer: Any, final: Path):
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(unfinished / final.name / "trainer_state.json"))
         commit(unfinished / final.name, final)
-        shutil.rmtree(unfinished)
+        try:
+            unfinished.rmdir()
+        except OSError:  # something else was written there
+            shutil.rmtree(unfinished)
         rotate_checkpoints(output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
     accelerator.wait_for_everyone()
     if push:
-        trainer.push_to_hub(commit_message=f"Training in progress, step {trainer.state.global_step}", blocking=False)
+        with hub_folder(args):
+            trainer.push_in_progress = getattr(trainer, "push_in_progress", None)
+            trainer._push_from_checkpoint(str(final))  # what the Trainer's own saving calls; obeys hub_strategy

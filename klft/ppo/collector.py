@@ -20,9 +20,11 @@ from klft.ppo.metrics import Table, gather_table
 from klft.ppo.rewards import RewardFunction, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
-from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id
+from klft.prompts import cut_prompt, decode_completions, encode_prompts, eos_ids, pad, pad_id
 from klft.scoring import Scorer
 from klft.shaping import finish_scores, weigh_scores
+
+CUT_PROMPTS = "prompts/truncated/frac"  # logged where max_prompt_length is given
 
 
 @dataclass
@@ -62,14 +64,14 @@ class RolloutCollector:
         """
         args, accelerator, penalty = self.args, self.accelerator, self.penalty
         # 1. - 3. Encode and left-pad the prompts; generate; the completions' mask from their lengths.
-        completions, terminated, texts = on_all_ranks(accelerator, lambda: self._generate(model, rows))
+        completions, terminated, texts, cut = on_all_ranks(accelerator, lambda: self._generate(model, rows))
         mask = completions.mask
         # 4. Both models' scores and the values, from the training forward, at the sampling temperature.
         tables = state.tokens if learn and state.tokens and state.tokens.due(trainer_state.global_step) else None
         kl, values, last_values = self._score(model, completions, top_k=tables.top_k if tables else 0)
         # 5. Reward functions.
         by_function, columns, logged = score_completions_by(
-            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=trainer_state
+            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=trainer_state, known=cut
         )
         (state.train if learn else state.evaluation).add_logged(logged)
         # 6. Weigh, normalise, clip, charge for a missing end.
@@ -99,16 +101,19 @@ class RolloutCollector:
         )  # fmt: skip
         return rollout, stats, table
 
-    def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list]:
-        """(completions, terminated [B], completions as the reward functions see them)."""
+    def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list, dict]:
+        """(completions, terminated [B], completions as the reward functions see them, which prompts were cut)."""
         prompts, device, tokenizer = [row["prompt"] for row in rows], self.accelerator.device, self.tokenizer
-        ids, mask = pad(encode_prompts(tokenizer, prompts, self.args.max_prompt_length), pad_id(tokenizer))
+        whole, limit = encode_prompts(tokenizer, prompts), self.args.max_prompt_length
+        kept = [cut_prompt(tokenizer, row, limit) for row in whole]
+        ids, mask = pad(kept, pad_id(tokenizer))
         policy = self.accelerator.unwrap_model(model)
         config = self.args.generation_config(eos_ids(policy, tokenizer), pad_id(tokenizer))
         vocab_size = self.scorer.shared_vocab(policy)
         completions, terminated = sample_completions(policy, ids.to(device), mask.to(device), config, vocab_size)
-        texts = decode_completions(tokenizer, prompts, completions.completion_ids, completions.mask)
-        return completions, terminated, texts
+        texts = decode_completions(tokenizer, prompts, **vars(completions))
+        cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
+        return completions, terminated, texts, cut
 
     def _score(self, model: nn.Module, completions: Completions, *, top_k: int) -> tuple[TokenKL, Tensor, Tensor]:
         """(KL of the completions' tokens [B, C], values [B, C], value after the last token [B])."""

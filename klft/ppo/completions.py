@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from klft.writing import atomic_write, visible
+from klft.writing import atomic_write, escaping_output, visible
 
 
 def plain(text: Any) -> Text:
@@ -30,7 +30,7 @@ def completion_rows(
 
 
 def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, how_many: int) -> None:
-    """Print the first `how_many` rows, and write all of them to output_dir/completions."""
+    """Write all rows to output_dir/completions, then print the first `how_many`."""
     if not rows:
         return
     table = Table(title=f"completions at step {step}, showing {min(how_many, len(rows))} of {len(rows)}", expand=True)
@@ -38,12 +38,13 @@ def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, ho
         table.add_column(plain(name), overflow="fold", ratio=3 if name in ("prompt", "completion") else None)
     for row in rows[:how_many]:
         table.add_row(*(plain(f"{v:.3f}" if isinstance(v, float) else v) for v in row.values()), end_section=True)
-    Console().print(table)
     folder = output_dir / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     columns = {name: _storable([row[name] for row in rows]) for name in rows[0]}
     with atomic_write(folder / f"completions_{step:05d}.parquet") as file:
         pq.write_table(pa.table(columns | {"step": [step] * len(rows)}), file)
+    with escaping_output():
+        Console().print(table)
 
 
 def _storable(values: list) -> list:

@@ -60,16 +60,23 @@ def finite_numbers(value: Any) -> str | None:
     return None if value is None or numbers else f"must be a list of finite numbers, got {value!r}"
 
 
-def generation_settings(value: Any) -> str | None:
-    """None, a dict of GenerationConfig's fields that PPO leaves open, or one in JSON."""
+def json_object(value: Any) -> str | None:
+    """None, a dict, or one in JSON."""
     if value is None:
         return None
     try:
         given = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
         given = None
-    if not isinstance(given, dict):
-        return f"must be a dict, or one in JSON, got {value!r}"
+    return None if isinstance(given, dict) else f"must be a dict, or one in JSON, got {value!r}"
+
+
+def generation_settings(value: Any) -> str | None:
+    """None, a dict of GenerationConfig's fields that PPO leaves open, or one in JSON."""
+    wrong = json_object(value)
+    if wrong or value is None:
+        return wrong
+    given = json.loads(value) if isinstance(value, str) else value
     problems = [why for why in map(_unfit_for_generation, given) if why]
     return f"cannot be used: {'; '.join(problems)}" if problems else None
 
@@ -87,6 +94,7 @@ def _unfit_for_generation(name: str) -> str | None:
 _COUNT, _POSITIVE = number(least=1, whole=True), number(above=0)
 # TrlParser lets wrong types, NaN and unknown choices through, and the Trainer takes its own fields as they come.
 VALIDATORS: dict[str, Validator] = {
+    "model_init_kwargs": json_object,
     "total_episodes": number(least=1, whole=True, optional=True),
     "num_ppo_epochs": _COUNT,
     "num_mini_batches": _COUNT,
@@ -148,6 +156,10 @@ class PPOConfig(TrainingArguments):
     Raises ValueError for a wrong type, NaN, a number out of range, an unknown choice, an option that would be ignored.
     """
 
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of from_pretrained for a model given by name, as a dict or JSON; dtype float32."},
+    )
     total_episodes: int | None = field(
         default=None, metadata={"help": "Stop after this many completions; sets max_steps."}
     )
@@ -260,6 +272,8 @@ class PPOConfig(TrainingArguments):
             problems.append(str(error))
         if self.total_episodes is not None and self.max_steps > 0:
             problems.append("total_episodes and max_steps say the same thing; give one of them")
+        if self.neftune_noise_alpha is not None:
+            problems.append("neftune_noise_alpha puts noise on the loss's forward alone: the first ratio is not 1")
         if self.logging_nan_inf_filter:
             problems.append("logging_nan_inf_filter must be False: it would log a NaN loss as 0.0")
         if self.dataloader_num_workers:
@@ -273,6 +287,12 @@ class PPOConfig(TrainingArguments):
         own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
         return [name for name in own if name not in free | inherited]
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """model_init_kwargs as a dict."""
+        given = self.model_init_kwargs
+        return json.loads(given) if isinstance(given, str) else dict(given or {})
 
     @property
     def rollout_batch_size(self) -> int:

@@ -1,30 +1,132 @@
 """PPOTrainer's arguments, checked and made into what it trains with: models, tokenizer, datasets, prompt order."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from klft.models import base_of, check_vocabularies, require_causal_lm, vocab_size
+from klft.models import (
+    base_of,
+    check_no_shared_storage,
+    check_tokenizers,
+    check_vocabularies,
+    max_positions,
+    require_causal_lm,
+    vocab_size,
+)
 from klft.ppo import value as value_function
 from klft.ppo.config import PPOConfig
-from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference
+from klft.prompts import encode_prompts
+from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference, why_base_moves
 
 logger = logging.get_logger(__name__)
 
 
-def load_policy(model: nn.Module | str) -> nn.Module:
-    """A model id or path -> a causal LM; a model is checked and passed through."""
+def load_policy(model: nn.Module | str, model_init_kwargs: dict[str, Any] | None = None) -> nn.Module:
+    """A model id or path -> a causal LM; a model is checked and passed through.
+
+    In float32 unless `model_init_kwargs` say otherwise: in 16 bit most steps of a small learning rate round to nothing.
+    """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+        options: Any = {"use_safetensors": True, "dtype": torch.float32} | (model_init_kwargs or {})
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
+    elif model_init_kwargs:
+        raise ValueError("model_init_kwargs are for a model that is given by name; this one is loaded already")
     require_causal_lm(model, "model")
     return model
+
+
+def trainable_policy_weights(policy: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that are trained, without the value function's, by name."""
+    return {
+        name: p
+        for name, p in policy.named_parameters()
+        if p.requires_grad and not value_function.NAMES & set(name.split("."))
+    }
+
+
+def check_policy_can_move(
+    policy: nn.Module, optimizers: tuple[Optimizer | None, LRScheduler | None], adapter_is_new: bool
+) -> None:
+    """Raise ValueError for a policy without a trainable weight, or with none in the optimizer; warn of 16 bits."""
+    trainable = trainable_policy_weights(policy)
+    if not trainable:
+        hint = (
+            "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+            if hasattr(policy, "peft_config")
+            else "call model.requires_grad_(True), or give a peft_config"
+        )
+        raise ValueError(f"no weight of the policy is trainable, so it could not move: {hint}")
+    half = [name for name, p in trainable.items() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        logger.warning(
+            f"{len(half)} of {len(trainable)} trainable tensors have 16 bits ({half[0]}, ...): a learning rate below "
+            "about 1e-4 rounds most of their steps to nothing. Load the policy with dtype=torch.float32, and say "
+            "bf16=True for the speed"
+        )
+    if optimizers[0] is not None:
+        complete_optimizer(optimizers[0], optimizers[1], policy, adapter_is_new)
+
+
+def check_first_ratio(log_ratio: torch.Tensor) -> None:
+    """Raise RuntimeError unless the policy scores its tokens in the loss as it did in the rollout, before a step.
+
+    Rounding in 16 bit moves single tokens; noise that is still on moves most of them.
+    """
+    off = float((log_ratio.detach().exp() - 1).abs().mean())
+    if not off < 0.05:
+        raise RuntimeError(
+            f"the first ratio is not 1: before any step the policy's tokens have other probabilities in the loss than "
+            f"in the rollout (by {off:.0%} on average), so they would be clipped for nothing. Something is random in "
+            "its forward (a router's noise, a quantised base that depends on the batch): turn it off. "
+            "disable_dropout=False trains with it all the same"
+        )
+
+
+def complete_optimizer(optimizer: Optimizer, scheduler: Any, policy: nn.Module, adapter_is_new: bool) -> None:
+    """Give a user's optimizer the value function and adapter that klft added to the model after it was made.
+
+    Raises ValueError where it holds no weight of the policy, and where a scheduler was made for its groups already.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = {name: p for name, p in policy.named_parameters() if p.requires_grad and id(p) not in held}
+    # With an adapter all that is trained was made here; without, the value function.
+    values = {name: p for name, p in missing.items() if value_function.NAMES & set(name.split("."))}
+    added = missing if adapter_is_new else values
+    if added and scheduler is not None:
+        raise ValueError(
+            f"optimizers: the optimizer lacks {len(added)} tensor(s) that klft added to the model "
+            f"({next(iter(added))}), and its scheduler was made without them. Pass optimizers=(optimizer, None)."
+        )
+    if added:
+        optimizer.add_param_group({"params": list(added.values())})
+        logger.warning(f"the optimizer was given {len(added)} tensor(s) that klft added to the model, as a last group")
+    held |= {id(p) for p in added.values()}
+    if not any(id(p) in held for p in trainable_policy_weights(policy).values()):
+        raise ValueError("optimizers: the optimizer holds no trainable weight of the policy, so it could not move")
+
+
+def check_nothing_shared(
+    policy: nn.Module, value_model: nn.Module | None, reference: Reference | None, judges: Mapping[str, nn.Module]
+) -> None:
+    """Raise ValueError where two of policy, value model, reference and reward models live in one storage."""
+    if value_model is not None:
+        check_no_shared_storage(value_model, policy, role="value model")
+        if reference is not None:
+            reference.check_independent(value_model)
+    for name, judge in judges.items():
+        check_no_shared_storage(judge, policy, role=f"reward model {name!r}")
+        if value_model is not None:
+            check_no_shared_storage(judge, value_model, role=f"reward model {name!r}", trained_role="value model")
 
 
 def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:
@@ -38,22 +140,43 @@ def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.M
 
 
 def build_policy_and_reference(
-    model: Any, reference: Any, value_model: Any, peft_config: Any, tokenizer: Any
+    model: Any, reference: Any, value_model: Any, peft_config: Any, tokenizer: Any, judges: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Reference]:
-    """(policy with its value function and adapter, checked reference).
+    """(policy with its value function and adapter, checked reference). judges: the reward models, by name.
 
     The reference given (a model is frozen); by default the policy with its adapter off, or a frozen copy of it as it is
     now. Refuses one that would move with the policy, or speaks about another vocabulary.
     """
-    peft = peft_config is not None or hasattr(model, "peft_config")
-    if reference is None and not peft:
+    peft, another = peft_config is not None or hasattr(model, "peft_config"), reference is not None
+    moves = None if peft_config is None else why_base_moves(peft_config)
+    if reference is None and (moves or not peft):
+        if moves:
+            logger.warning(f"peft_config: {moves}, so the reference is a frozen copy of the model as it is now")
         reference = FrozenReference(copy.deepcopy(model))
     # Before the value function is attached: it is trained, and no part of the reference.
     resolved = None if reference is None and peft_config is not None else resolve_reference(reference, model)
-    if resolved is not None:
-        check_vocabularies(tokenizer, policy=vocab_size(model), reference=resolved.vocab_size)
-    policy: Any = attach_value_and_adapter(model, value_model, peft_config)
-    return policy, resolved or AdapterReference(policy)
+    of_reference = vocab_size(model) if resolved is None else resolved.vocab_size
+    check_vocabularies(tokenizer, policy=vocab_size(model), reference=of_reference)
+    if another and resolved is not None:
+        check_reference_tokenizer(tokenizer, resolved)
+    check_nothing_shared(model, value_model, resolved, judges)
+    policy = model if peft_config is None else attach_adapter(model, peft_config, value_head=value_model is None)
+    if resolved is None:
+        resolved = AdapterReference(policy)
+        resolved.check_independent(policy)
+    attach_value_function(policy, value_model)
+    return policy, resolved
+
+
+def check_reference_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:
+    """Raise ValueError where the reference was saved with a tokenizer whose ids mean something else."""
+    if not Path(reference.name).is_dir():
+        return  # made here, or from the hub: asking there for files would need the network
+    try:
+        its_own = AutoTokenizer.from_pretrained(reference.name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return  # saved without one
+    check_tokenizers(tokenizer, its_own)
 
 
 def require_readable_head(reference: Reference) -> None:
@@ -68,22 +191,25 @@ def require_readable_head(reference: Reference) -> None:
         ) from error
 
 
-def attach_value_and_adapter(model: Any, value_model: Any, peft_config: Any) -> nn.Module:
-    """Give the policy its value function and, with `peft_config`, its adapter."""
-    if value_model is None:
-        value_function.attach_value_head(model)
-        if peft_config is not None:
-            # PEFT freezes what it does not own; listed here the head is trained, and saved with the adapter.
-            peft_config = copy.copy(peft_config)
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), "v_head"})
-    if peft_config is not None:
-        from peft import get_peft_model
+def attach_adapter(model: Any, peft_config: Any, *, value_head: bool) -> Any:
+    """The model with a new adapter; with `value_head` its v_head is trained, and saved, with the adapter."""
+    from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)
+    if value_head:
+        value_function.attach_value_head(model)
+        # PEFT freezes what it does not own.
+        peft_config = copy.copy(peft_config)
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), "v_head"})
+    return get_peft_model(model, peft_config)
+
+
+def attach_value_function(policy: Any, value_model: Any) -> None:
+    """Give the policy the value model, or a value head if it has none yet."""
     if value_model is not None:
-        value_function.attach_value_model(model, value_model)
-    value_function.install_hooks(model)
-    return model
+        value_function.attach_value_model(policy, value_model)
+    elif not hasattr(base_of(policy), "v_head"):
+        value_function.attach_value_head(policy)
+    value_function.install_hooks(policy)
 
 
 def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
@@ -113,6 +239,27 @@ def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     return dataset
 
 
+def check_lengths(
+    datasets: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig, model: nn.Module, reference: Reference
+) -> None:
+    """Raise ValueError where prompt and completion together may be longer than a model has positions."""
+    for role, limit in (("policy", max_positions(model)), ("reference", reference.max_positions)):
+        if limit is None:
+            continue
+        left = limit - args.max_completion_length
+        if args.max_prompt_length is not None and args.max_prompt_length <= left:
+            continue
+        # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
+        prompts = [p for d in datasets for p in d["prompt"] if not isinstance(p, str) or len(p.encode()) + 8 > left]
+        longest = max((len(ids) for ids in encode_prompts(tokenizer, prompts, args.max_prompt_length)), default=0)
+        if longest > left:
+            raise ValueError(
+                f"prompts of up to {longest} tokens and max_completion_length = {args.max_completion_length} make "
+                f"{longest + args.max_completion_length}, and the {role} has {limit} positions. Set max_prompt_length "
+                f"to at most {max(left, 1)}, or make max_completion_length smaller."
+            )
+
+
 def check_datasets(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
     """Both datasets checked; the evaluation's may be a dictionary of several."""
     if train is not None:
@@ -122,6 +269,12 @@ def check_datasets(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, 
     elif evaluation is not None:
         evaluation = check_dataset(evaluation, "eval_dataset", 1)
     return train, evaluation
+
+
+def listed(train: Any, evaluation: Any) -> list[Dataset]:
+    """All prompt datasets in one list."""
+    several = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    return [dataset for dataset in (train, *several) if dataset is not None]
 
 
 class RolloutSampler(Sampler):

@@ -8,6 +8,7 @@ an error that names the function, the index and the prompt.
 
 import asyncio
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from klft.generation import Completions
-from klft.models import evaluating
+from klft.models import evaluating, max_positions, position_offset
 from klft.ppo.guards import on_all_ranks
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class RewardModel:
     """A sequence-classification model as a reward function over text.
 
     With one output the reward is its raw logit; with several it is the probability of `label` (a name in id2label or
-    an index), between 0 and 1. Completions are decoded by the policy's tokenizer and read by this model's own.
+    an index), between 0 and 1: the softmax's, or the sigmoid's where the config says multi_label_classification.
+    Completions are decoded by the policy's tokenizer and read by this model's own.
     """
 
     def __init__(
@@ -68,6 +70,11 @@ class RewardModel:
         outputs = int(self.model.config.num_labels or 1)
         if outputs == 1 and label is None:
             return None
+        if outputs == 1:
+            raise ValueError(
+                f"this reward model has one output, whose raw value is the reward (the probability of its only label "
+                f"would always be 1); leave `label` out, got {label!r}"
+            )
         index = names.get(label) if isinstance(label, str) else label
         if index is None or not 0 <= index < outputs:
             raise ValueError(
@@ -93,9 +100,27 @@ class RewardModel:
                     # A chat template writes the special tokens itself.
                     add_special_tokens=isinstance(prompts[start], str),
                 ).to(self.model.device)
-                logits = self.model(**batch).logits.float()
-                rewards += (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
+                self._check_length(batch["input_ids"].shape[1])
+                # A decoder finds a row's last token by the pad id of its config, which need not be the tokenizer's.
+                padding = batch["attention_mask"] == 0
+                batch["input_ids"] = batch["input_ids"].masked_fill(padding, self.model.config.pad_token_id)
+                rewards += self._rewards(self.model(**batch).logits.float()).tolist()
         return rewards
+
+    def _check_length(self, tokens: int) -> None:
+        positions = max_positions(self.model)
+        if positions is not None and tokens > positions - position_offset(self.model):
+            raise ValueError(
+                f"reward model {self.__name__!r} reads {tokens} tokens of prompt and completion, and has "
+                f"{positions - position_offset(self.model)} positions. Make prompts or completions shorter, or set its "
+                "tokenizer's model_max_length: then texts lose their beginning"
+            )
+
+    def _rewards(self, logits: Tensor) -> Tensor:
+        if self.label is None:
+            return logits[:, 0]
+        several = self.model.config.problem_type == "multi_label_classification"
+        return (logits.sigmoid() if several else logits.softmax(-1))[:, self.label]
 
 
 def _padding(tokenizer: Any, model: Any) -> Any:
@@ -130,6 +155,11 @@ def as_reward_functions(reward_funcs: RewardFunctions) -> list[RewardFunction]:
     return made
 
 
+def reward_models(functions: Sequence[RewardFunction]) -> dict[str, PreTrainedModel]:
+    """The models among the reward functions, by name."""
+    return {reward_name(f): f.model for f in functions if isinstance(f, RewardModel)}
+
+
 def move_reward_models(functions: Sequence[RewardFunction], device: torch.device) -> None:
     """Reward models to the device that the policy is trained on; other functions see to themselves."""
     for function in functions:
@@ -145,8 +175,25 @@ def reward_weights(weights: list[float] | None, functions: int) -> Tensor:
 
 
 def reward_name(f: Any) -> str:
-    """The name a reward function is logged under."""
+    """The name of a reward function; a partial has its function's."""
+    while isinstance(f, functools.partial):
+        f = f.func
     return getattr(f, "__name__", type(f).__name__)
+
+
+def reward_names(functions: Sequence[RewardFunction]) -> list[str]:
+    """The names they are logged under: their own, numbered from 2 on where another, or klft itself, has it already."""
+    taken = {"score", "total"}  # reward/score/mean and reward/total/mean are of all functions together
+    names = []
+    for function in functions:
+        name = own = reward_name(function)
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{own}_{number}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def score_completions_by(
@@ -157,15 +204,17 @@ def score_completions_by(
     texts: list,
     *,
     trainer_state: Any,
+    known: dict[str, list[float]] | None = None,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
 
-    The metrics are those of all processes. An error on one rank ends all ranks with it.
+    `known`: numbers of this process's prompts that are logged with them. The metrics are those of all processes. An
+    error on one rank ends all ranks with it.
     """
     dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     ids = [row[m].tolist() for row, m in zip(completions.completion_ids, completions.mask, strict=True)]
     columns: dict[str, list] = {}
-    local: dict[str, list[float]] = {}
+    local: dict[str, list[float]] = dict(known or {})
 
     def call() -> Tensor:
         return call_reward_functions(

@@ -5,6 +5,7 @@ micro-batch from it, so one optimizer step of the Trainer is one PPO minibatch: 
 resuming and evaluation are the Trainer's. There is no training loop here and no wrapper around the model.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
 from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
-from klft.models import disable_dropout
+from klft.models import disable_dropout, quiet
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
 from klft.ppo import value as value_function
@@ -35,7 +36,8 @@ from klft.ppo.rewards import (
     RewardFunctions,
     as_reward_functions,
     move_reward_models,
-    reward_name,
+    reward_models,
+    reward_names,
     reward_weights,
 )  # fmt: skip
 from klft.ppo.rollout import Rollout, forward_with_values, reference_side
@@ -66,6 +68,7 @@ class PPOTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    _gradient_seen = _ratio_seen = False  # what is checked once, at the first micro-batch
 
     def __init__(
         self,
@@ -85,11 +88,15 @@ class PPOTrainer(Trainer):
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
-        model = given.load_policy(model)
+        model = given.load_policy(model, args.model_options)
         tokenizer = given.load_tokenizer(processing_class, model)
         self.reward_funcs = as_reward_functions(reward_funcs)
         train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args.episodes_per_rollout)
-        model, reference = given.build_policy_and_reference(model, reference, value_model, peft_config, tokenizer)
+        model, reference = given.build_policy_and_reference(
+            model, reference, value_model, peft_config, tokenizer, reward_models(self.reward_funcs)
+        )
+        given.check_policy_can_move(model, optimizers, adapter_is_new=peft_config is not None)
+        given.check_lengths(given.listed(train_dataset, eval_dataset), tokenizer, args, model, reference)
         if args.disable_dropout:
             disable_dropout(model)
         self.penalty = args.penalty(reference)
@@ -117,10 +124,10 @@ class PPOTrainer(Trainer):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
         move_reward_models(self.reward_funcs, self.args.device)
-        weights = reward_weights(args.reward_weights, len(self.reward_funcs))
         self._collector = RolloutCollector(
-            args, self.accelerator, self.penalty, self.scorer, self.reward_funcs, weights, tokenizer
-        )
+            args, self.accelerator, self.penalty, self.scorer, self.reward_funcs,
+            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer,
+        )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 
     # ---- the generation cycle --------------------------------------------------------------------------------
@@ -154,6 +161,8 @@ class PPOTrainer(Trainer):
             loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
         else:
             loss = super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
+            if not self._gradient_seen:
+                self._check_gradient(micro)
         if cycle.position % self.args.gradient_accumulation_steps == 0:
             self._end_of_minibatch()
         if cycle.used_up:
@@ -161,6 +170,18 @@ class PPOTrainer(Trainer):
             self.penalty.controller.update(cycle.running.sequence_kl, cycle.running.episodes)
             self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
         return loss
+
+    def _check_gradient(self, micro: Rollout) -> None:
+        """After the first backward with a token in it: some weight of the policy has a gradient."""
+        if self.is_deepspeed_enabled or not bool(micro.mask.any()):
+            return  # DeepSpeed keeps gradients elsewhere
+        self._gradient_seen = True
+        trained = given.trainable_policy_weights(self._policy)
+        if all(p.grad is None for p in trained.values()):
+            raise RuntimeError(
+                f"no gradient reaches the policy: of its {len(trained)} trainable tensors ({next(iter(trained))}, ...) "
+                "none has one after the first backward. Does its forward run under no_grad, or through a frozen copy?"
+            )
 
     # ---- rollout -----------------------------------------------------------------------------------------------
 
@@ -189,6 +210,8 @@ class PPOTrainer(Trainer):
         """Policy + value + KL loss of one micro-batch, divided by its whole minibatch's tokens on all processes."""
         micro: Rollout = inputs["rollout"]
         mask, args = micro.mask, self.args
+        if args.disable_dropout:
+            quiet(model)  # as the tokens were scored
         hidden, values, _ = forward_with_values(model, self.accelerator.unwrap_model(model), micro)
         policy = Predictions(hidden[mask], self.scorer.policy_head(model))
         reference = reference_side(self.scorer, micro) if self._exact_loss else None
@@ -204,6 +227,10 @@ class PPOTrainer(Trainer):
         processes = args.world_size // self.get_tp_size()
         loss = (policy_loss + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
         per_token = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
+        if not self._ratio_seen and args.disable_dropout and per_token.numel():
+            self._ratio_seen = True
+            if self.ppo.cycle.position <= args.gradient_accumulation_steps:  # no step since the rollout
+                given.check_first_ratio(per_token[-1] - micro.old_logp[mask])
         of_values = torch.stack([masked_sum(value.detach(), mask), masked_sum(value_clipped.float(), mask)])
         summed = ("policy_loss", "approx_kl", "ratio", "ratio_clipped", "value_loss", "value_clipped")
         sums = dict(zip(summed, torch.cat([per_token[:-1].sum(1), of_values]).tolist(), strict=True))
@@ -286,7 +313,7 @@ class PPOTrainer(Trainer):
         """Add klft's metrics to what the Trainer logs. In place: `evaluate` returns the same dictionary."""
         timing = next((key for key in logs if key.endswith("_runtime")), "")
         prefix = timing.removesuffix("_runtime")
-        names = [reward_name(f) for f in self.reward_funcs]
+        names = reward_names(self.reward_funcs)
         evaluated = self.ppo.evaluation
         if "loss" in logs:
             logs.update(self._train_metrics(names))
@@ -327,7 +354,7 @@ class PPOTrainer(Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike | bool | None = None,
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> "TrainOutput":
@@ -356,7 +383,7 @@ class PPOTrainer(Trainer):
         """Settings that must not change between a checkpoint and the run that continues it."""
         structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
         settings = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
-        settings["reward_funcs"] = [reward_name(f) for f in self.reward_funcs]
+        settings["reward_funcs"] = reward_names(self.reward_funcs)
         return settings | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -365,6 +392,18 @@ class PPOTrainer(Trainer):
         if self._value_in_own_file and self.args.should_save:
             tensors = value_function.value_parameters(self._policy)
             save_file(tensors, Path(output_dir or self._output_dir) / ckpt.VALUE_FILE)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """Upload model, tokenizer and card; not the tables and pages in output_dir, which hold the texts."""
+        with ckpt.hub_folder(self.args):
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)  # pyright: ignore
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = self._output_dir / f"checkpoint-{self.state.global_step}"

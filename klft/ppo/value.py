@@ -14,13 +14,15 @@ from torch import nn
 from klft.models import base_of
 
 OUTPUT_KEY = "state_values"
+NAMES = {"v_head", "value_model"}  # the submodules of the policy that are the value function
 
 
 def attach_value_head(model: nn.Module) -> None:
     """A zero-initialised linear on the hidden states that the vocabulary head reads: V = 0 at step 0."""
     base: Any = base_of(model)
     head_weight = base.get_output_embeddings().weight
-    v_head = nn.Linear(head_weight.shape[1], 1, device=head_weight.device, dtype=base.dtype)
+    # In fp32 whatever the policy has: its steps would round to nothing in 16 bit.
+    v_head = nn.Linear(head_weight.shape[1], 1, device=head_weight.device, dtype=torch.float32)
     nn.init.zeros_(v_head.weight)
     nn.init.zeros_(v_head.bias)
     base.add_module("v_head", v_head)
@@ -60,7 +62,7 @@ def install_hooks(model: nn.Module) -> None:
             states = getattr(critic, critic.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
             values = critic.score(states).squeeze(-1)[:, -hidden.shape[1] :]
         else:
-            values = base.v_head(hidden).squeeze(-1)
+            values = base.v_head(hidden.to(torch.float32)).squeeze(-1)
         # A plain dictionary: DDP takes outputs apart and rebuilds them, and a ModelOutput refuses the new key.
         return {"logits": output.logits, OUTPUT_KEY: values.float()}
 

@@ -47,7 +47,10 @@ DEFAULTS = {
     "num_completions_to_print": 4,
 }
 # Beyond the documented list, and the Trainer's own whose default is another here.
-MORE = {"normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0}
+MORE = {
+    "normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0,
+    "model_init_kwargs": None,
+}  # fmt: skip
 CHANGED = {
     "learning_rate": 3e-6,
     "adam_epsilon": 1e-5,
