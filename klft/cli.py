@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 
 from klft._deprecated import moved
+from klft._version import __version__
 from klft.arguments import check_writable, one_line_errors
+from klft.writing import escaping_output
 
 # --- klft report, klft diff ------------------------------------------------------------------------------------------
 
@@ -96,9 +98,10 @@ def diff(
     table = scored_table(shown, tokenizer)
     names = {"model": model, "reference": reference or f"{model} without its adapter"}
     metadata = Metadata.of(table, tokenizer, temperature=temperature, **names)
-    statistics, console = Statistics.of(table, metadata), Console()
-    console.print(summary_table(statistics, f"{names['model']} against {names['reference']}"), worst_table(statistics))
-    write_report((table, metadata), output)
+    statistics = Statistics.of(table, metadata)
+    write_report((table, metadata), output)  # before anything is printed
+    title = f"{names['model']} against {names['reference']}"
+    Console().print(summary_table(statistics, title), worst_table(statistics))
     _written(output, opened)
 
 
@@ -110,6 +113,14 @@ def _written(page: Path, opened: bool) -> None:
 
 def main() -> None:
     """The command line `klft`. Exit codes: 1 failed while running, 2 bad usage, 130 Ctrl-C; errors in one line."""
+    with escaping_output():
+        _run()
+
+
+def _run() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(f"klft {__version__}")
+        return
     try:
         code = app([each for each in sys.argv[1:] if each != "--debug"], prog_name="klft", standalone_mode=False)
     except Exception as error:
@@ -117,6 +128,9 @@ def main() -> None:
             raise
         usage = hasattr(error, "format_message")  # click's, or of the copy of click that typer brings
         text = error.format_message() if usage else f"{type(error).__name__}: {error}"  # pyright: ignore
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(text, file=sys.stderr)
+            sys.exit(2)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2 if usage else 1)
     sys.exit(code)

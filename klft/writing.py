@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, and text that is safe to print. Standard library only."""
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +42,24 @@ def sync_folder(path: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError:
+        pass  # some file systems have no such call for a folder either
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def escaping_output() -> Iterator[None]:
+    """Characters that the console cannot encode are written as escapes inside, instead of ending the run."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 def visible(text: str) -> str:

@@ -4,8 +4,10 @@
 the caller says so, and never the reference's; weights are read from safetensors.
 """
 
+import csv
 import logging
 import os
+import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 
@@ -153,14 +156,15 @@ def read_texts(
 ) -> list[Text]:
     """The first `max_texts` texts of a file or a dataset, in its order, each as `encode_texts` takes it.
 
-    A .txt file has one text per line, in UTF-8. A .jsonl, .json, .parquet or .csv file, or the `split` of a dataset by
-    name or folder, has a column `column` (texts or messages), or else "text", "prompt" and "completion", or "messages".
+    A .txt file has one text per line, in UTF-8. A .jsonl, .ndjson, .json, .parquet or .csv file (its cells stay text),
+    or the `split` of a dataset by name or folder, has a column `column` (texts or messages), or else "text", "prompt"
+    and "completion", or "messages".
     Raises ValueError that names the file and what is wrong: missing, empty, binary, without such a column.
     """
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"max_texts must be at least 1, got {max_texts}")
     path = Path(name)
-    if path.suffix == ".txt" or (path.is_file() and path.suffix not in BUILDERS):
+    if path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in BUILDERS):
         texts: list[Any] = _lines(path)[:max_texts]
     else:
         rows, choices = _rows(path, name, split), [(column,)] if column else COLUMNS
@@ -191,18 +195,37 @@ def _lines(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
+def _csv(path: Path) -> Any:
+    """The cells as they are written: 007 is no number, NA no missing value."""
+    from datasets import Dataset
+
+    csv.field_size_limit(LARGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restval="", strict=True)
+        rows = [{name: value for name, value in row.items() if name is not None} for row in reader]
+    return Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in reader.fieldnames or ()})
+
+
 def _rows(path: Path, name: str, split: str) -> Any:
     """A datasets.Dataset. Of a local file nothing stays in a cache."""
     from datasets import load_dataset
 
-    if path.suffix in BUILDERS and not path.is_file():
+    suffix = path.suffix.lower()
+    if suffix in BUILDERS and not path.is_file():
         raise ValueError(f"{name}: there is no such file")
     try:
         if not path.is_file():
             return load_dataset(name, split=split)
+        if suffix == ".csv":
+            return _csv(path)
         with TemporaryDirectory() as cache:
-            files, kind = str(path), BUILDERS[path.suffix]
-            return load_dataset(kind, data_files=files, split="train", cache_dir=cache, keep_in_memory=True)
+            plain = Path(cache) / f"texts{suffix}"  # a name with * or [ in it would be taken for a pattern
+            try:
+                plain.symlink_to(path.resolve())
+            except OSError:  # Windows asks for a privilege
+                shutil.copyfile(path, plain)
+            options: Any = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+            return load_dataset(BUILDERS[suffix], data_files=str(plain), **options)
     except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
         reason: BaseException = error
         while reason.__cause__ is not None:

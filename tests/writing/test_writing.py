@@ -13,7 +13,7 @@ from klft.diagnostics import Metadata, records_table, visible, write_records, wr
 from klft.ppo import checkpoint
 from klft.ppo.completions import plain, show_completions
 from klft.scores import TokenScores
-from klft.writing import atomic_write
+from klft.writing import atomic_write, escaping_output, sync_folder
 
 
 def table():
@@ -122,3 +122,34 @@ def test_the_terminal_has_one_alphabet_of_escapes():
     Console(file=buffer, width=300).print(plain(NASTY))
     assert buffer.getvalue().rstrip("\n") == visible(NASTY)
     assert visible(NASTY).isprintable()
+
+
+def test_what_a_console_cannot_show_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdout", stream)
+    with escaping_output():
+        print("a → 数")
+    stream.flush()
+    assert written.getvalue() == b"a \\u2192 \\u6570\n"
+    assert stream.errors == "strict"
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    """Windows refuses to open a folder; some file systems refuse to flush one."""
+    real = os.open
+
+    def refuse(path, *more):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    sync_folder(tmp_path)
+    monkeypatch.undo()
+
+    def no_such_call(_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", no_such_call)
+    sync_folder(tmp_path)
