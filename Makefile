@@ -19,13 +19,14 @@ help:  ## list the commands
 	@echo "Variables: VENV=$(VENV) (where the environment goes), PYTHON=$(PYTHON) (3.11 or newer), PYTEST_ARGS, DEMO_ARGS"
 
 # No index option is passed: pip's own configuration decides where packages come from. The constraints pin torch; without
-# that pin pip would take the newest build with gigabytes of CUDA packages.
+# that pin pip would take the newest build with gigabytes of CUDA packages. editable_mode=compat: else a folder that holds the
+# clone, as the current one, would make `import klft` an empty package.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "klft needs Python 3.11 or newer, and found none. Install it, or say PYTHON=/path/to/python."; exit 2; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("klft needs Python 3.11 or newer; $(PYTHON) is %d.%d. Say PYTHON=/path/to/a/newer/python." % v[:2])' || exit 2
 	@test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	@echo "Installing klft and the tested set of packages into $(VENV) (once; a minute or two) ..."
-	@"$(BIN)/python" -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@"$(BIN)/python" -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
 	@touch "$@"
 
 demo: $(STAMP)  ## train a small model with PPO under a KL penalty, on two processes; a few minutes on two cores
