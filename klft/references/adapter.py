@@ -1,14 +1,14 @@
 """The policy's own base model as the reference: its adapter switched off."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from klft.heads import LMHead
-from klft.models import address, causal_inputs, evaluating
-from klft.references.frozen import ModelReference, hidden_and_head
+from klft.models import address, evaluating
+from klft.references.frozen import ModelReference
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -71,29 +71,7 @@ class AdapterReference(ModelReference):
                 "Freeze them, or pass a FrozenReference."
             )
 
-    def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> Float[Tensor, "B K V"]:
-        """Logits of the last `keep` positions (0: all)."""
-        inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
         with evaluating(self.model), self.model.disable_adapter():
-            self._check_padding(attention_mask)
-            return self.model(**inputs).logits[:, -keep:]
-
-    def logits_by_column(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> Float[Tensor, "B K V"]:
-        """`logits` as a forward without position_ids gives them: positions count padding."""
-        inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
-        inputs.pop("position_ids", None)
-        with evaluating(self.model), self.model.disable_adapter():
-            return self.model(**inputs).logits[:, -keep:]
-
-    def hidden(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
-        """(hidden states, head) of the base model. TypeError where the head cannot be read."""
-        inputs = causal_inputs(self.model, input_ids, attention_mask, keep)
-        with evaluating(self.model), self.model.disable_adapter():
-            self._check_padding(attention_mask)
-            return hidden_and_head(self.model, inputs, keep)
+            yield

@@ -1,6 +1,8 @@
 """A separate model, frozen."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +60,36 @@ class ModelReference:
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
         """Logits of the last `keep` positions (0: all), on the device of input_ids."""
+        return self._logits(self._inputs(input_ids, attention_mask, keep), keep).to(input_ids.device)
+
+    def logits_by_column(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> Float[Tensor, "B K V"]:
+        """`logits` as a forward without position_ids gives them: positions count padding."""
+        inputs = self._inputs(input_ids, attention_mask, keep)
+        inputs.pop("position_ids", None)
+        return self._logits(inputs, keep).to(input_ids.device)
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
+    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
+        """(hidden states, head), both on the reference's own device. TypeError where the head cannot be read."""
+        inputs = self._inputs(input_ids, attention_mask, keep)
+        with self._scoring():
+            self._check_padding(inputs["attention_mask"])
+            return hidden_and_head(self.model, inputs, keep)
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
+
+    def _logits(self, inputs: dict[str, Any], keep: int) -> Tensor:
+        with self._scoring():
+            self._check_padding(inputs["attention_mask"])
+            return self.model(**inputs).logits[:, -keep:]
+
+    def _scoring(self) -> AbstractContextManager[Any]:
+        """Eval mode, no gradient, and the model as the reference it stands for."""
         raise NotImplementedError
 
     def check_independent(self, policy: nn.Module) -> None:
@@ -115,32 +147,8 @@ class FrozenReference(ModelReference):
         """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
         check_no_shared_storage(self.model, policy)
 
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
         self.model.eval()  # a trainer that walks over modules may have flipped it
-        self._check_padding(attention_mask)
-        device = next(self.model.parameters()).device
-        return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
-
-    def logits(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> Float[Tensor, "B K V"]:
-        """Logits of the last `keep` positions (0: all), on the device of input_ids."""
         with torch.no_grad():
-            logits = self.model(**self._inputs(input_ids, attention_mask, keep)).logits
-        return logits[:, -keep:].to(input_ids.device)
-
-    def logits_by_column(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> Float[Tensor, "B K V"]:
-        """`logits` as a forward without position_ids gives them: positions count padding."""
-        inputs = self._inputs(input_ids, attention_mask, keep)
-        inputs.pop("position_ids", None)
-        with torch.no_grad():
-            logits = self.model(**inputs).logits
-        return logits[:, -keep:].to(input_ids.device)
-
-    def hidden(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
-    ) -> tuple[Float[Tensor, "B K D"], LMHead]:
-        """(hidden states, head), both on the reference's own device. TypeError where the head cannot be read."""
-        return hidden_and_head(self.model, self._inputs(input_ids, attention_mask, keep), keep)
+            yield
