@@ -156,8 +156,9 @@ def as_reward_functions(reward_funcs: RewardFunctions) -> list[RewardFunction]:
 
 
 def reward_models(functions: Sequence[RewardFunction]) -> dict[str, PreTrainedModel]:
-    """The models among the reward functions, by name."""
-    return {reward_name(f): f.model for f in functions if isinstance(f, RewardModel)}
+    """The models among the reward functions, by the names they are logged under."""
+    named = zip(reward_names(functions), functions, strict=True)
+    return {name: f.model for name, f in named if isinstance(f, RewardModel)}
 
 
 def move_reward_models(functions: Sequence[RewardFunction], device: torch.device) -> None:

@@ -156,6 +156,13 @@ def test_the_judge_is_no_value_model(wrap, tmp_path):
         tiny.trainer(tmp_path, reward=[reward] if wrap else reward, given={"value_model": model})
 
 
+def test_each_of_two_judges_of_one_name_is_looked_at(tmp_path):
+    shared = judge()
+    rewards = [RewardModel(shared, tiny.tokenizer()), RewardModel(judge(), tiny.tokenizer())]
+    with pytest.raises(ValueError, match="shares the value model's memory"):
+        tiny.trainer(tmp_path, reward=rewards, given={"value_model": shared})
+
+
 @pytest.mark.parametrize("other", ["policy", "reference"])
 def test_a_value_model_on_somebody_elses_backbone(other, tmp_path):
     policy, reference, value = tiny.llama(), tiny.llama(), judge()
