@@ -49,7 +49,8 @@ def masked_sum(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -
 
 def masked_mean(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
     """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts."""
-    return masked_sum(x, mask, reduce) / reduce(as_mask(mask).sum()).clamp(min=1)
+    mask = as_mask(mask)
+    return masked_sum(x, mask, reduce) / reduce(mask.sum()).clamp(min=1)
 
 
 def masked_var(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:

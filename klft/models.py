@@ -49,7 +49,7 @@ def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, k
     return inputs
 
 
-_places_padding: set[type] = set()  # classes whose logits left padding was seen not to change
+_ignoring_padding: set[type] = set()  # classes whose logits left padding was seen not to change
 
 
 def check_left_padding(model: nn.Module, role: str = "model") -> None:
@@ -58,7 +58,7 @@ def check_left_padding(model: nn.Module, role: str = "model") -> None:
     Two small forwards, once per class: three tokens alone, and the same three after padding.
     """
     kind = type(base_of(model))
-    if kind in _places_padding:
+    if kind in _ignoring_padding:
         return
     device, rows = next(model.parameters()).device, vocab_size(model)
     tokens = torch.tensor([5, 7, 6], device=device) % rows
@@ -74,7 +74,7 @@ def check_left_padding(model: nn.Module, role: str = "model") -> None:
             f"after left padding (KL {off:.1e} nats). Score texts of equal length, without padding, or use a model "
             "that reads the attention mask and position_ids"
         )
-    _places_padding.add(kind)
+    _ignoring_padding.add(kind)
 
 
 def require_causal_lm(model: nn.Module, role: str) -> None:
@@ -172,7 +172,8 @@ def quiet(model: nn.Module) -> None:
     when the tokens were scored. Gradients flow as before.
     """
     for module in model.modules():
-        module.training = module.training and bool(getattr(module, "gradient_checkpointing", False))
+        if module.training and not getattr(module, "gradient_checkpointing", False):
+            module.training = False
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -187,7 +187,7 @@ class KLPenalty:
         `model(**causal_inputs(model, input_ids, attention_mask))`: with left padding learned positions need it, and a
         warning says where the logits look as if they had none.
 
-        Raises ValueError for shapes that do not belong together, and for ids that are none.
+        Raises ValueError for shapes that do not belong together, and for negative ids (labels with -100).
         """
         _check_measured(logits, input_ids, attention_mask, mask)
         if not 0 < temperature < float("inf"):

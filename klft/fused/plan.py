@@ -1,4 +1,4 @@
-"""FusedPlan: the two models, how tokens and vocabulary rows are cut, who is asked and who computes.
+"""FusedPlan: the two models, how tokens and vocabulary rows are cut, the collectives and the backend.
 
 Cutting does not change a result; it decides what lies in memory (a tile) and in the cache (a block).
 """
@@ -56,7 +56,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """One call: both models, the sampled tokens, who is asked (collectives), how it is cut, and who computes (backend).
+    """One call: both models, the sampled tokens, the collectives, the geometry and the backend.
 
     wants_grad: whether any rank needs the gradient of its hidden states.
     """

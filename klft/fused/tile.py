@@ -30,7 +30,7 @@ class Tile:
     """n tokens' logits under both models, over the vocabulary rows of this process, each token's shifted by a maximum.
 
     In the first pass that maximum is each block's own, later the whole vocabulary's: Norm and `norms` know which.
-    log_z: from an earlier pass over the same chunk; then nobody is asked for log-sum-exps, and there is no logp.
+    log_z: from an earlier pass over the same chunk; then no collective for log-sum-exps, and no logp.
 
     Attributes: hidden [n, D] per model; token_ids [n], relative to this process's first row; z, y [n, v]: logits of
     policy and reference (the policy's twice if it is alone); logp, ref_logp [n]; values: the exact quantities by name,

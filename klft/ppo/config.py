@@ -60,12 +60,17 @@ def finite_numbers(value: Any) -> str | None:
     return None if value is None or numbers else f"must be a list of finite numbers, got {value!r}"
 
 
+def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A dict, or one in JSON; empty for None."""
+    return json.loads(value) if isinstance(value, str) else dict(value or {})
+
+
 def json_object(value: Any) -> str | None:
     """None, a dict, or one in JSON."""
     if value is None:
         return None
     try:
-        given = json.loads(value) if isinstance(value, str) else value
+        given = json.loads(value) if isinstance(value, str) else value  # a list in JSON is no dict, and is refused
     except json.JSONDecodeError:
         given = None
     return None if isinstance(given, dict) else f"must be a dict, or one in JSON, got {value!r}"
@@ -76,7 +81,7 @@ def generation_settings(value: Any) -> str | None:
     wrong = json_object(value)
     if wrong or value is None:
         return wrong
-    given = json.loads(value) if isinstance(value, str) else value
+    given = _as_dict(value)
     problems = [why for why in map(_unfit_for_generation, given) if why]
     return f"cannot be used: {'; '.join(problems)}" if problems else None
 
@@ -291,8 +296,7 @@ class PPOConfig(TrainingArguments):
     @property
     def model_options(self) -> dict[str, Any]:
         """model_init_kwargs as a dict."""
-        given = self.model_init_kwargs
-        return json.loads(given) if isinstance(given, str) else dict(given or {})
+        return _as_dict(self.model_init_kwargs)
 
     @property
     def rollout_batch_size(self) -> int:
@@ -316,8 +320,7 @@ class PPOConfig(TrainingArguments):
 
     def generation_config(self, eos_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
         """Sampling settings: the fields here, then `generation_kwargs` over them."""
-        extra = self.generation_kwargs
-        extra = json.loads(extra) if isinstance(extra, str) else dict(extra or {})
+        extra = _as_dict(self.generation_kwargs)
         own = {
             "max_new_tokens": self.max_completion_length,
             "do_sample": True,

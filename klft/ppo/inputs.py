@@ -243,21 +243,23 @@ def check_lengths(
     datasets: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig, model: nn.Module, reference: Reference
 ) -> None:
     """Raise ValueError where prompt and completion together may be longer than a model has positions."""
-    for role, limit in (("policy", max_positions(model)), ("reference", reference.max_positions)):
-        if limit is None:
-            continue
-        left = limit - args.max_completion_length
-        if args.max_prompt_length is not None and args.max_prompt_length <= left:
-            continue
-        # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
-        prompts = [p for d in datasets for p in d["prompt"] if not isinstance(p, str) or len(p.encode()) + 8 > left]
-        longest = max((len(ids) for ids in encode_prompts(tokenizer, prompts, args.max_prompt_length)), default=0)
-        if longest > left:
-            raise ValueError(
-                f"prompts of up to {longest} tokens and max_completion_length = {args.max_completion_length} make "
-                f"{longest + args.max_completion_length}, and the {role} has {limit} positions. Set max_prompt_length "
-                f"to at most {max(left, 1)}, or make max_completion_length smaller."
-            )
+    limits = {"policy": max_positions(model), "reference": reference.max_positions}
+    known = {role: limit for role, limit in limits.items() if limit is not None}
+    if not known:
+        return
+    role = min(known, key=lambda each: known[each])  # the one with the fewest
+    left = known[role] - args.max_completion_length
+    if args.max_prompt_length is not None and args.max_prompt_length <= left:
+        return
+    # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
+    prompts = [p for d in datasets for p in d["prompt"] if not isinstance(p, str) or len(p.encode()) + 8 > left]
+    longest = max((len(ids) for ids in encode_prompts(tokenizer, prompts, args.max_prompt_length)), default=0)
+    if longest > left:
+        raise ValueError(
+            f"prompts of up to {longest} tokens and max_completion_length = {args.max_completion_length} make "
+            f"{longest + args.max_completion_length}, and the {role} has {known[role]} positions. Set "
+            f"max_prompt_length to at most {max(left, 1)}, or make max_completion_length smaller."
+        )
 
 
 def check_datasets(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
