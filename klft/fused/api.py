@@ -104,9 +104,10 @@ def plan_of(
     wants_grad = [
         t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, head.weight, head.bias)
     ]
-    return make_plan(
-        policy, reference, token_ids, Collectives(head.shard), _backend(backend, hidden.device), wants_grad
-    )
+    chosen = _backend(backend, hidden.device)
+    if policy.acc_dtype != torch.float32:
+        chosen = torch_backend  # Triton's kernels are fp32
+    return make_plan(policy, reference, token_ids, Collectives(head.shard), chosen, wants_grad)
 
 
 def _head(head: LMHead | nn.Module, role: str) -> LMHead:

@@ -22,36 +22,36 @@ class Gradients:
 
         # With data-parallel tokens this rank's rows add to the hidden gradient of other ranks that want theirs.
         self.hidden = zeros_like(side.hidden, hidden or (plan.comm.dp_tokens and plan.wants_grad))
-        # On a CPU fresh memory is zeroed block by block, just before it is first used: touching it twice is slow.
-        self._unwritten = weight and not side.weight.is_cuda
-        if self._unwritten:
-            self.weight = torch.empty_like(side.weight, dtype=side.acc_dtype)
-        else:
-            self.weight = zeros_like(side.weight, weight)
+        # The first tile's gradient is written, not added. A CPU zeroes each block first: MKL is slow in fresh memory.
+        self._unwritten = weight
+        self.weight = torch.empty_like(side.weight, dtype=side.acc_dtype) if weight else None
         self.bias = zeros_like(side.bias, bias)
 
     def add_tile(
-        self, tile: Tile, chunk: slice, block_gradient: Callable[[int, Any], Tensor], zero_grad: Tensor
+        self, tile: Tile, chunk: slice, block_gradient: Callable[[int, torch.dtype, Any], Tensor], zero_grad: Tensor
     ) -> None:
         """Backpropagate a tile's gradient through the head, block by block.
 
-        block_gradient: (block number, workspace) -> dz = d loss / d (hidden @ weight.T) of the block, [n, rows].
-        zero_grad [n]: tokens whose gradient is 0; their hidden states may be NaN or infinite.
+        block_gradient: (block number, dtype, workspace) -> dz = d loss / d (hidden @ weight.T) of the block, [n, rows],
+        in that dtype if that saves a pass. zero_grad [n]: tokens whose gradient is 0; their hidden states may be NaN
+        or infinite.
         """
         plan, side, hidden = self.plan, self.plan.policy, tile.hidden[0]
-        if bool(zero_grad.any()):
+        if hidden.is_cuda or bool(zero_grad.any()):  # on a GPU to ask costs more: the CPU would wait for the answer
             hidden = hidden.masked_fill(zero_grad[:, None], 0.0)  # 0 * NaN would reach the weight's gradient
+        # The bias's gradient is a sum over tokens, which 16 bits would spoil.
+        dtype = side.factor_dtype if self.bias is None else side.acc_dtype
 
         def backward(i: int, workspace: Any) -> None:
-            rows, dz = plan.geometry.vocab_blocks[i], block_gradient(i, workspace)
+            rows, dz = plan.geometry.vocab_blocks[i], block_gradient(i, dtype, workspace)
             if self.bias is not None:
                 self.bias[rows].add_(dz.sum(0))
-            dz = side.as_factor(dz)
+            dz = dz.to(side.factor_dtype)
             if self.weight is not None:
-                grad = self.weight[rows]
-                if self._unwritten:
+                grad, fresh = self.weight[rows], self._unwritten
+                if fresh and not grad.is_cuda:
                     grad.zero_()
-                side.grad_weight_(grad, dz, hidden)
+                side.grad_weight_(grad, dz, hidden, beta=0 if fresh and grad.is_cuda else 1)
             if self.hidden is not None:
                 workspace.grad_hidden = side.grad_hidden(workspace.grad_hidden, dz, rows)
 

@@ -1,5 +1,7 @@
 """One model of the pair: its matrix products, from hidden states to the logits of a vocabulary block and back."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,9 +63,11 @@ class ModelSide:
         # Without a softcap, fold scale / temperature into the GEMM's alpha.
         alpha = 1.0 if self.softcap else self.logit_scale
         if self._mixed:
-            out = z if z.is_contiguous() else None
-            product = torch.mm(hidden, self.weight[rows].t(), out_dtype=torch.float32, out=out)  # pyright: ignore
-            torch.mul(product, alpha, out=z)
+            product: Any = z if z.is_contiguous() else torch.empty_like(z, memory_format=torch.contiguous_format)
+            options: Any = {"beta": 0, "alpha": alpha, "out_dtype": torch.float32, "out": product}
+            torch.addmm(product, hidden, self.weight[rows].t(), **options)
+            if product is not z:
+                z.copy_(product)
         else:
             torch.addmm(z, hidden, self.weight[rows].to(self.acc_dtype).t(), beta=0, alpha=alpha, out=z)
         if self.bias is not None:
@@ -71,21 +75,24 @@ class ModelSide:
         if self.softcap:
             z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def softcap_grad(self, z: Float[Tensor, "n rows"], row_max: Float[Tensor, "n"]) -> Float[Tensor, "n rows"] | None:
-        """Derivative of the softcap [n, rows], from logits z that were shifted by row_max [n]. None without one."""
+    def softcap_grad(
+        self, z: Float[Tensor, "n rows"], row_max: Float[Tensor, "n"] | None
+    ) -> Float[Tensor, "n rows"] | None:
+        """Derivative of the softcap [n, rows], from logits z, shifted by row_max [n] if given. None without one."""
         if not self.softcap:
             return None
-        tanh = (z + row_max[:, None]).mul_(self.temperature / self.softcap)
+        tanh = (z if row_max is None else z + row_max[:, None]) * (self.temperature / self.softcap)
         return tanh.square_().neg_().add_(1)
 
     def grad_weight_(
-        self, grad: Float[Tensor, "rows D"], dz: Float[Tensor, "n rows"], hidden: Float[Tensor, "n D"]
+        self, grad: Float[Tensor, "rows D"], dz: Float[Tensor, "n rows"], hidden: Float[Tensor, "n D"], beta: int
     ) -> None:
-        """grad [rows, D] += dz.T @ hidden."""
+        """grad [rows, D] = beta * grad + dz.T @ hidden; with beta 0 it is not read."""
         if self._mixed:
-            torch.addmm(grad, dz.t(), hidden, out_dtype=torch.float32, out=grad)  # pyright: ignore
+            options: Any = {"beta": beta, "out_dtype": torch.float32, "out": grad}
+            torch.addmm(grad, dz.t(), hidden, **options)
         else:
-            grad.addmm_(dz.t(), hidden)
+            grad.addmm_(dz.t(), hidden, beta=beta)
 
     def grad_hidden(
         self, so_far: Float[Tensor, "n D"] | None, dz: Float[Tensor, "n rows"], rows: slice
@@ -97,6 +104,7 @@ class ModelSide:
         weight = self.weight[rows].to(self.acc_dtype)
         return torch.mm(dz, weight) if so_far is None else so_far.addmm_(dz, weight)
 
-    def as_factor(self, dz: Tensor) -> Tensor:
-        """d loss / d (hidden @ weight.T) of a block in the dtype in which it is multiplied."""
-        return dz.to(self.dtype) if self._mixed else dz
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype in which dz = d loss / d (hidden @ weight.T) is multiplied."""
+        return self.dtype if self._mixed else self.acc_dtype

@@ -5,7 +5,6 @@ together, then those of the other shards (one all-gather each; top_k two per mod
 whole vocabulary; with data-parallel tokens they are of every rank's tokens, [ranks * chunk_size].
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,8 @@ class LogZ(NamedTuple):
 class Tile:
     """n tokens' logits under both models, over the vocabulary rows of this process, each token's shifted by a maximum.
 
-    In the first pass that maximum is each block's own, later the whole vocabulary's: Norm and `norms` know which.
+    In the first pass that maximum is each block's own, later the whole vocabulary's: Norm and `norms` know which. A
+    backend that does not shift logits in place leaves that to its readers (Norm.row_max).
     log_z: from an earlier pass over the same chunk; then no collective for log-sum-exps, and no logp.
 
     Attributes: hidden [n, D] per model; token_ids [n], relative to this process's first row; z, y [n, v]: logits of
@@ -69,12 +69,13 @@ class Tile:
             for m, side in enumerate(self.plan.sides):
                 z = blocks[m][i]
                 side.logits_(self.hidden[m], self.plan.geometry.vocab_blocks[i], z)
-                z.sub_(log_z.row_max[m, :, None])
+                if self.plan.backend.SHIFTS:
+                    z.sub_(log_z.row_max[m, :, None])
 
         self.plan.for_each_block(fill, self.workspaces)
 
     def _log_z(self, blocks: list[tuple[Tensor, ...]]) -> tuple[LogZ, Tensor]:
-        """Logits of all blocks, each shifted by its own row max; (log_z, the blocks' row max [K, M, n]). Sets logp."""
+        """Logits of all blocks, and log_z and the blocks' row max [K, M, n] of them. Sets logp."""
         row_max = self.z.new_empty(len(blocks[0]), len(blocks), len(self.token_ids))
         sum_exp = torch.empty_like(row_max)
 
@@ -82,7 +83,7 @@ class Tile:
             for m, side in enumerate(self.plan.sides):
                 z = blocks[m][i]
                 side.logits_(self.hidden[m], self.plan.geometry.vocab_blocks[i], z)
-                self.plan.backend.shift_by_max_(z, row_max[i, m], sum_exp[i, m], workspace)
+                self.plan.backend.max_and_sum_(z, row_max[i, m], sum_exp[i, m], workspace)
 
         self.plan.for_each_block(fill, self.workspaces)
         local = _merge(row_max, sum_exp)
@@ -102,8 +103,10 @@ class Tile:
             return row_max.new_zeros(row_max.shape[1:])
         ids = self.token_ids.clamp(0, self.z.shape[1] - 1)
         block = ids // self.plan.geometry.block_size
-        shifted = [t.gather(1, ids[:, None]).squeeze(1) for t in (self.z, self.y)[: len(self.plan.sides)]]
-        sampled = torch.stack(shifted) + row_max[block, :, torch.arange(len(ids), device=ids.device)].t()
+        stored = [t.gather(1, ids[:, None]).squeeze(1) for t in (self.z, self.y)[: len(self.plan.sides)]]
+        sampled = torch.stack(stored)
+        if self.plan.backend.SHIFTS:
+            sampled = sampled + row_max[block, :, torch.arange(len(ids), device=ids.device)].t()
         return torch.where(self.is_local, sampled, 0.0)
 
     def _set_norm(self, row_max: Tensor) -> None:
@@ -113,19 +116,22 @@ class Tile:
         log_z, scale = below + _log(self.log_z.sum_exp), torch.exp(-below) / self.log_z.sum_exp
         # Not the difference of the logs: their roundings would shift the whole row.
         log_z_diff = (below[:, -1] - below[:, 0]) + (self.log_z.sum_exp[-1] / self.log_z.sum_exp[0]).log()
-        self._row_max = row_max
-        self.norm = Norm(log_z[:, 0], scale[:, 0], log_z[:, -1], scale[:, -1], log_z_diff)
-        self.norms = [Norm(*each) for each in zip(*(t.unbind(0) for t in self.norm), strict=True)]
+        self._shift = row_max if self.plan.backend.SHIFTS else None
+        left = (None, None) if self.plan.backend.SHIFTS else (row_max[:, 0], row_max[:, -1])
+        self.norm = Norm(log_z[:, 0], scale[:, 0], log_z[:, -1], scale[:, -1], log_z_diff, *left)
+        self.norms = self.norm.by_block()
 
-    def row_max(self, i: int) -> Tensor:
-        """Row max [n] by which the policy's logits of block i were shifted."""
-        return self._row_max[i, 0]
+    def softcap_grad(self, i: int) -> Tensor | None:
+        """Derivative of the policy's softcap in block i, [n, rows]; None without one."""
+        return self.plan.policy.softcap_grad(self.z_blocks[i], None if self._shift is None else self._shift[i, 0])
 
     def log_probabilities(self, i: int, index: Any = slice(None)) -> tuple[Tensor, Tensor]:
         """(lp, lq) of block i, of the tokens of index."""
         norm = self.norms[i]
-        lp = self.z_blocks[i][index] - norm.log_z[index, None]
-        return lp, self.y_blocks[i][index] - norm.ref_log_z[index, None]
+        z, y = self.z_blocks[i][index], self.y_blocks[i][index]
+        if norm.row_max is not None and norm.ref_row_max is not None:
+            z, y = z - norm.row_max[index, None], y - norm.ref_row_max[index, None]
+        return z - norm.log_z[index, None], y - norm.ref_log_z[index, None]
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
@@ -143,14 +149,14 @@ class Tile:
         self.plan.for_each_block(sum_block, self.workspaces)
         values = self.plan.comm.all_gather(backend.combine_sums(parts, self.norm, names)).sum(0)
         nonfinite = ~values.isfinite().all(0)
+        self.nonfinite = self.nonfinite | nonfinite
         # The fallback: for a suppressed id (-inf), a far tail or NaN the terms of klft.divergences know the limits.
-        if bool(nonfinite.any()):
+        if not backend.KNOWS_LIMITS and bool(nonfinite.any()):
             index = nonfinite.nonzero().squeeze(1)
             for name, value in zip(names, values, strict=True):
                 divergence = DIVERGENCES[name.removeprefix("ref_")]
                 totals, _ = self.totals(divergence, (), index, of_reference=name == "ref_entropy")
                 value[index] = divergence.finish(totals)
-            self.nonfinite |= nonfinite
         self.values.update(zip(names, values, strict=True))
 
     def totals(
@@ -198,14 +204,14 @@ class Tile:
         def top_block(i: int, _workspace: Any) -> None:
             z, rows = blocks[i], self.plan.geometry.vocab_blocks[i]
             top = z.max(-1, keepdim=True) if k == 1 and z.shape[1] else z.topk(min(k, z.shape[1]), dim=-1)
-            logits[i] = top[0] + self._row_max[i, m][:, None]
+            logits[i] = top[0] if self._shift is None else top[0] + self._shift[i, m][:, None]
             ids[i] = top[1] + rows.start + self.plan.first_row
 
         self.plan.for_each_block(top_block, self.workspaces)
         return _top_k(logits, ids, k)
 
 
-# ---- dz = d loss / d (hidden @ weight.T) of a block: callables (block number, workspace) -> [n, rows] ----------------
+# ---- dz = d loss / d (hidden @ weight.T) of a block: callables (block number, dtype, workspace) -> [n, rows] ---------
 #
 # In the logits, d value / d logit_v = dterm_v - p_v * G with G the sum of dterm over the whole vocabulary: the one
 # number per token, next to log Z, that a shard needs of the others. For logp G is 1, for forward_kl 0, for reverse_kl
@@ -229,51 +235,46 @@ class ScoresGradient:
                 constant = constant - torch.where(g[name] == 0, 0.0, g[name] * tile.values[name])
         of_lp, of_diff = (None if name not in g else -g[name] for name in ("entropy", "reverse_kl"))
         coefficients = Coefficients(constant, of_lp, of_diff, g.get("forward_kl"))
-        self.factors = tile.plan.backend.gradient_factors(tile.norm, coefficients)
-        self.one_hot = None if "logp" not in g else self._one_hot(g["logp"])
-        # Tokens of the fallback, and G of their divergences.
+        backend, blocks = tile.plan.backend, tile.plan.geometry.vocab_blocks
+        self.factors = backend.gradient_factors(tile.norm, coefficients)
+        self.one_hots: list[Any] = [None] * len(blocks)
+        if "logp" in g:
+            self.row_ids = torch.where(tile.is_local, tile.token_ids, -1)  # -1: not a row of this process
+            self.one_hots = backend.one_hots(self.row_ids, g["logp"], blocks)
+        # Tokens of the fallback, and G of their divergences. Last: the CPU waits for a GPU here.
         self.index = tile.nonfinite.nonzero().squeeze(1)
         self.dterm_sums = {
             name: tile.totals(DIVERGENCES[name], (), self.index)[1] for name in g if name != "logp" and len(self.index)
         }
 
-    def __call__(self, i: int, workspace: Any) -> Tensor:
+    def __call__(self, i: int, dtype: torch.dtype, workspace: Any) -> Tensor:
         tile, plan = self.tile, self.tile.plan
-        z, y = tile.z_blocks[i], tile.y_blocks[i]
         # 1. What is read off the logits, before the gradient may take their place.
-        softcap_grad = plan.policy.softcap_grad(z, tile.row_max(i))
+        softcap_grad = tile.softcap_grad(i)
         fallback = self._fallback(i) if len(self.index) else None
-        # 2. The smooth part.
-        dz = plan.backend.gradient(z, y, self.factors[i], workspace)
+        # 2. The smooth part, and logp's one-hot where the sampled token's row is in this block.
+        if softcap_grad is not None:
+            dtype = tile.z.dtype
+        z, y = tile.z_blocks[i], tile.y_blocks[i]
+        dz = plan.backend.gradient(z, y, self.factors[i], self.one_hots[i], dtype, workspace)
         if fallback is not None:
-            dz[self.index] = fallback
-        # 3. logp's one-hot, where the sampled token's row is in this block.
-        if self.one_hot is not None:
-            tokens, rows, g = self.one_hot[i]
-            dz.index_put_((tokens, rows), g, accumulate=True)
-        # 4. Through the softcap. A token without a gradient keeps 0, whatever its logits are.
+            dz[self.index] = fallback.to(dz.dtype)
+        # 3. Through the softcap. A token without a gradient keeps 0, whatever its logits are.
         if softcap_grad is not None:
             before = dz[self.index]
             dz.mul_(softcap_grad)
             dz[self.index] = dz[self.index].masked_fill(before == 0, 0.0)
         return dz
 
-    def _one_hot(self, g: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each block: (tokens of the tile, their rows of the block, their g)."""
-        tile, blocks = self.tile, self.tile.plan.geometry.vocab_blocks
-        ids, tokens = torch.where(tile.is_local, tile.token_ids, -1).sort()
-        ends = torch.tensor([0, *(rows.stop for rows in blocks)], device=ids.device)
-        bounds = torch.searchsorted(ids, ends).tolist()  # where each block's tokens begin and end
-        parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
-        return [(tokens[p], ids[p] - rows.start, g[tokens[p]]) for p, rows in zip(parts, blocks, strict=True)]
-
     def _fallback(self, i: int) -> Tensor:
-        """The same without the one-hot, by the formulas of klft.divergences, for the tokens of index."""
+        """The same by the formulas of klft.divergences, for the tokens of index."""
         lp, lq = self.tile.log_probabilities(i, self.index)
         total = torch.zeros_like(lp)
         for name, t in self.g.items():
             if name == "logp":
-                d = -lp.exp()
+                rows = self.tile.plan.geometry.vocab_blocks[i]
+                ids = torch.arange(rows.start, rows.stop, device=lp.device)
+                d = (ids == self.row_ids[self.index, None]).to(lp) - lp.exp()
             else:
                 value = self.tile.values[name][self.index]
                 d = DIVERGENCES[name].logit_gradient(lp, lq, value, dterm_sum=self.dterm_sums[name])
@@ -298,10 +299,10 @@ class DivergenceGradient:
         self.totals, self.dterm_sum = totals, dterm_sum
         self.g = (g * tile.plan.policy.logit_scale)[:, None]
 
-    def __call__(self, i: int, _workspace: Any) -> Tensor:
+    def __call__(self, i: int, _dtype: torch.dtype, _workspace: Any) -> Tensor:
         lp, lq = self.tile.log_probabilities(i)
         dz = self.divergence.logit_gradient(lp, lq, self.totals, *self.params, dterm_sum=self.dterm_sum)
-        softcap_grad = self.tile.plan.policy.softcap_grad(self.tile.z_blocks[i], self.tile.row_max(i))
+        softcap_grad = self.tile.softcap_grad(i)
         if softcap_grad is not None:
             dz = dz * softcap_grad
         return (dz * self.g).masked_fill(self.g == 0, 0.0)
@@ -312,6 +313,8 @@ class DivergenceGradient:
 
 def _merge(row_max: Tensor, sum_exp: Tensor) -> LogZ:
     """Log-sum-exps of parts of the vocabulary [parts, M, n] -> of all of them [M, n]."""
+    if len(row_max) == 1:
+        return LogZ(row_max[0], sum_exp[0])
     # Model by model: torch's exp depends in its last digit on where in a tensor a number stands, and equal models have
     # equal log-sum-exps.
     merged = [_merge_model(row_max[:, m], sum_exp[:, m]) for m in range(row_max.shape[1])]

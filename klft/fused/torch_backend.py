@@ -7,12 +7,12 @@ for these formulas, becomes NaN and is left to the fallback, the rows of klft.di
 Logits are stored shifted by their block's row max and never normalised in place: a Norm says what makes
 log-probabilities of them.
 
-A backend is a module with these functions: workspaces, block_size, for_each_block; shift_by_max_, exact_sums and
-combine_sums, gradient_factors and gradient.
+A backend is a module with these functions: workspaces, block_size, for_each_block; max_and_sum_, exact_sums and
+combine_sums, one_hots, gradient_factors and gradient.
 """
 
 from collections.abc import Callable
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from klft.fused import workers
 
 VOCAB_MAJOR = True  # tiles are laid out as [v, n]
+SHIFTS = True  # max_and_sum_ subtracts the row max in place
+KNOWS_LIMITS = False  # exact_sums is right for suppressed tokens and far tails, without the fallback
 SCRATCH = 4  # intermediate results of the size of a block: fresh memory for each would cost more than the arithmetic
 FAR = 60.0  # past it, p * exp(log(q/p)) has lost the digits of a p that is hardly a number any more
 
@@ -30,7 +32,8 @@ class Norm(NamedTuple):
     """Normalisers of a block's shifted logits z (policy) and y (reference), [n] each.
 
     lp = z - log_z, p = scale * exp(z); lq = y - ref_log_z, q = ref_scale * exp(y); lq - lp = (y - z) - log_z_diff, with
-    one rounding where ref_log_z - log_z has two.
+    one rounding where ref_log_z - log_z has two. row_max, ref_row_max: what must be subtracted from the stored logits
+    first, where the backend does not shift them in place.
     """
 
     log_z: Tensor
@@ -38,6 +41,13 @@ class Norm(NamedTuple):
     ref_log_z: Tensor
     ref_scale: Tensor
     log_z_diff: Tensor
+    row_max: Tensor | None = None
+    ref_row_max: Tensor | None = None
+
+    def by_block(self) -> "list[Norm]":
+        """The norms of blocks, from the norm of all of them [K, n]."""
+        columns = [repeat(None) if t is None else t.unbind(0) for t in self]
+        return [Norm(*each) for each in zip(*columns, strict=False)]
 
 
 class Coefficients(NamedTuple):
@@ -104,7 +114,7 @@ def for_each_block(block_fn: Callable[[int, Workspace], None], blocks: int, spac
 # ---- a block --------------------------------------------------------------------------------------------------------
 
 
-def shift_by_max_(
+def max_and_sum_(
     z: Float[Tensor, "n rows"], row_max: Float[Tensor, "n"], sum_exp: Float[Tensor, "n"], workspace: Workspace
 ) -> None:
     """z -= its row max, in place. Into row_max [n]: the max (0 where not finite); into sum_exp [n]: sum of exp(z)."""
@@ -200,10 +210,32 @@ def gradient_factors(norm: Norm, coefficients: Coefficients) -> list[Factors]:
     return [Factors(*each) for each in zip(*columns, strict=False)]
 
 
+class OneHot(NamedTuple):
+    """What a block's gradient gets where its rows are sampled tokens: dz[tokens, rows] += g."""
+
+    tokens: Tensor
+    rows: Tensor
+    g: Tensor
+
+
+def one_hots(token_ids: Tensor, g: Tensor, vocab_blocks: list[slice]) -> list[OneHot]:
+    """Of every block. token_ids [n]: rows of this process, anything else for tokens without a row here; g [n]."""
+    ids, tokens = token_ids.sort()
+    ends = torch.tensor([0, *(rows.stop for rows in vocab_blocks)], device=ids.device)
+    bounds = torch.searchsorted(ids, ends).tolist()  # where each block's tokens begin and end
+    parts = [slice(*bound) for bound in pairwise(bounds)]
+    return [OneHot(tokens[p], ids[p] - rows.start, g[tokens[p]]) for p, rows in zip(parts, vocab_blocks, strict=True)]
+
+
 def gradient(
-    z: Float[Tensor, "n rows"], y: Float[Tensor, "n rows"], factors: Factors, workspace: Workspace
+    z: Float[Tensor, "n rows"],
+    y: Float[Tensor, "n rows"],
+    factors: Factors,
+    one_hot: OneHot | None,
+    dtype: torch.dtype,
+    workspace: Workspace,
 ) -> Float[Tensor, "n rows"]:
-    """The block's logit gradient [n, rows], in scratch memory."""
+    """The block's logit gradient [n, rows], in scratch memory. dtype: see triton_backend, which heeds it."""
     dz, term, diff = workspace.scratch(z, 3)
     torch.exp(z, out=dz)
     # Products and sums are taken one after the other: addcmul with a factor per row leaves the fast path.
@@ -218,4 +250,6 @@ def gradient(
         dz.add_(diff)
     if factors.of_ref is not None:
         dz.sub_(torch.exp(y, out=term).mul_(factors.of_ref))
+    if one_hot is not None:
+        dz.index_put_((one_hot.tokens, one_hot.rows), one_hot.g, accumulate=True)
     return dz

@@ -12,7 +12,7 @@ from klft.fused import torch_backend
 import torch
 z, workspace = torch.zeros(3, 5), torch_backend.Workspace(torch.device("cpu"))
 try:
-    torch_backend.shift_by_max_(z, torch.zeros(2), torch.zeros(3), workspace)
+    torch_backend.max_and_sum_(z, torch.zeros(2), torch.zeros(3), workspace)
 except Exception as error:
     print(type(error).__name__)
 """

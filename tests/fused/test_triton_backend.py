@@ -46,11 +46,11 @@ def test_without_triton(monkeypatch):
 FLAGS = dict.fromkeys(("ENTROPY", "REF_ENTROPY", "REVERSE", "FORWARD"), True)
 NO_REFERENCE = {"REF_ENTROPY": False, "REVERSE": False, "FORWARD": False}
 COMPILED = [
-    ("_shift_by_max", {}),
+    ("_max_and_sum", {}),
     ("_exact_sums", FLAGS),
     ("_exact_sums", FLAGS | NO_REFERENCE),
     ("_gradient", {}),
-    ("_gradient", {"b": None, "c": None, "d": None}),
+    ("_gradient", {"b": None, "c": None, "d": None, "ids": None, "of_id": None}),
 ]
 
 
@@ -65,7 +65,8 @@ def test_compiles_for_hopper(monkeypatch, tmp_path, name, constants, narrow):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(kernels(), name)
     constants = constants | {"BLOCK": kernels().BLOCK} | ({"v": 1} if narrow else {})
-    kinds = {"v": "i32", "stride": "i64", "z_stride": "i64", "y_stride": "i64"}
+    kinds = {"v": "i32", "stride": "i64", "ids": "*i64", "out": "*bf16" if name == "_gradient" else "*fp32"}
+    kinds |= dict.fromkeys(("z_stride", "y_stride", "out_stride"), "i64")
     signature = {a: "constexpr" if a in constants else kinds.get(a, "*fp32") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a not in constants}
     source = ASTSource(kernel, signature, constants, aligned)

@@ -56,9 +56,11 @@ def close(found, truth, **tolerance):
     torch.testing.assert_close(found.double().cpu(), truth.double().cpu(), equal_nan=True, **(tolerance or CLOSE))
 
 
-def norm_of(log_z, ref_log_z):
-    """Of one block whose logits have these log-sum-exps [n], as a Norm."""
-    return Norm(log_z, torch.exp(-log_z), ref_log_z, torch.exp(-ref_log_z), ref_log_z - log_z)
+def norm_of(log_z, ref_log_z, row_max=None, ref_row_max=None):
+    """Of one block whose logits, less their row max, have these log-sum-exps [n], as a Norm."""
+    zero = torch.zeros_like(log_z)
+    left = (zero if row_max is None else row_max, zero if ref_row_max is None else ref_row_max)
+    return Norm(log_z, torch.exp(-log_z), ref_log_z, torch.exp(-ref_log_z), ref_log_z - log_z, *left)
 
 
 def unnormed(lp):
@@ -78,13 +80,21 @@ def sums_by(backend, z, y, names, norm=None):
     return backend.combine_sums(parts, of_all_blocks(norm), names)
 
 
-def gradient_by(backend, z, y, a, b=None, c=None, d=None, norm=None):
+def gradient_by(backend, z, y, a, b=None, c=None, d=None, norm=None, of_id=None, dtype=torch.float32):
+    """of_id: (token ids [n], their g [n]) of logp's one-hot."""
     (factors,) = backend.gradient_factors(of_all_blocks(norm or unnormed(z)), Coefficients(a, b, c, d))
-    return backend.gradient(z, y, factors, Workspace(z.device))
+    one_hot = None if of_id is None else backend.one_hots(*of_id, [slice(0, z.shape[1])])[0]
+    return backend.gradient(z, y, factors, one_hot, dtype, Workspace(z.device))
 
 
-def shifted(backend, z):
-    """(row max, sum of exp), z shifted in place."""
+def max_and_sum(backend, z):
+    """(row max, sum of exp(z - row max)); torch_backend shifts z in place."""
     row_max, sum_exp = torch.full((2, len(z)), EDGE, dtype=z.dtype, device=z.device)
-    backend.shift_by_max_(z, row_max, sum_exp, Workspace(z.device))
+    backend.max_and_sum_(z, row_max, sum_exp, Workspace(z.device))
     return row_max, sum_exp
+
+
+def norm_by_kernels(z, y):
+    """The Norm of a block of logits, made by the Triton kernels."""
+    (top, total), (ref_top, ref_total) = (max_and_sum(kernels(), t) for t in (z, y))
+    return norm_of(total.log(), ref_total.log(), top, ref_top)
