@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from klft._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from klft.checks import check_setup
     from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
     from klft.divergences import (
         alpha_divergence,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from klft.sharding import VocabShard
 
 _NAMES = {
+    "klft.checks": ("check_setup",),
     "klft.controllers": ("AdaptiveKL", "FixedKL", "PIController", "ScheduledKL", "TargetKL"),
     "klft.divergences": (
         "alpha_divergence", "entropy", "forward_kl", "jsd", "renyi_divergence", "reverse_kl", "skew_kl",
@@ -60,7 +62,8 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "AdapterReference", "AdaptiveKL", "FixedKL", "FrozenReference", "KLPenalty", "LMHead", "PIController",
     "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence",
-    "causal_inputs", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss",
+    "causal_inputs", "check_setup", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl",
+    "fused_token_loss",
     "hidden_states", "jsd", "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum",
     "masked_var", "masked_whiten", "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits",
     "shape_rewards", "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",

@@ -1,4 +1,4 @@
-"""The command line: `klft report`, `klft diff`; and what it shares with the recipes, one-line errors for bad input.
+"""The command line: `klft report`, `klft diff`, `klft doctor`; and one-line errors, which the recipes share.
 
 Models, statistics and pages are klft.diagnostics' business, imported when a command runs. Of the recipes' arguments
 TrlParser takes whatever YAML holds: a misspelt key's advice is for developers, the second of two equal keys wins, null
@@ -103,6 +103,41 @@ def diff(
     title = f"{names['model']} against {names['reference']}"
     Console().print(summary_table(statistics, title), worst_table(statistics))
     _written(output, opened)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The policy: a folder or hub id.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The reference. Default: MODEL itself, a second time.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="MODEL is a PEFT adapter; the reference is its base.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Of MODEL's, not the reference's.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of checks: name, status, text.")] = False,
+) -> None:
+    """Check this machine, and a model with its reference, before you train. Exit code 1: there is a problem."""
+    import json
+    from dataclasses import asdict
+
+    from klft import doctor
+
+    with one_line_errors():
+        if model is None and (reference or adapter):
+            raise ValueError("name MODEL too: klft doctor MODEL --reference REF, or klft doctor ADAPTER --adapter")
+        if reference and adapter:
+            raise ValueError("--adapter compares with the adapter's own base: leave --reference out")
+        checks = list(doctor.environment())
+        if model is not None:
+            checks += doctor.models(
+                model, reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code, adapter=adapter
+            )
+    print(json.dumps([asdict(check) for check in checks], indent=2) if as_json else doctor.render(checks))
+    if any(check.status == "problem" for check in checks):
+        raise typer.Exit(1)
 
 
 def _written(page: Path, opened: bool) -> None:

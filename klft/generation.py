@@ -1,10 +1,11 @@
 """Completions sampled from the distribution that is scored."""
 
+import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klft.models import base_of, evaluating
@@ -67,6 +68,34 @@ def sample_completions(
     The model's own generation_config has no say and is left as it was; `config` names the end and pad ids. Only ids
     below `vocab_size` are sampled. Raises ValueError, naming sample and position, for logits that are not finite.
     """
+    ids = _generate(model, prompt_ids, prompt_mask, config, vocab_size)
+    completion_ids = ids[:, prompt_ids.shape[1] :]
+    eos: Any = config.eos_token_id
+    mask, terminated = completion_mask(completion_ids, eos if isinstance(eos, list) else [eos] * (eos is not None))
+    return Completions(
+        prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, config.pad_token_id), mask
+    ), terminated
+
+
+def sampled_logps(
+    model: "PreTrainedModel",
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    config: "GenerationConfig",
+    vocab_size: int,
+) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """(completion ids, the log-probabilities with which they were drawn), sampled as sample_completions samples."""
+    config = copy.deepcopy(config)
+    config.return_dict_in_generate = config.output_scores = True
+    output = _generate(model, prompt_ids, prompt_mask, config, vocab_size)
+    ids = output.sequences[:, prompt_ids.shape[1] :]
+    logps = torch.stack(output.scores, 1).float().log_softmax(-1)
+    return ids, logps.gather(-1, ids[..., None]).squeeze(-1)
+
+
+def _generate(
+    model: "PreTrainedModel", prompt_ids: Tensor, prompt_mask: Tensor, config: "GenerationConfig", vocab_size: int
+) -> Any:
     from transformers import GenerationConfig, LogitsProcessorList
 
     base, generate = base_of(model), cast(Any, model).generate
@@ -76,7 +105,7 @@ def sample_completions(
     model.generation_config = GenerationConfig()
     try:
         with evaluating(model):
-            ids = generate(
+            return generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
                 generation_config=config,
@@ -84,9 +113,3 @@ def sample_completions(
             )
     finally:
         model.generation_config, base.generation_config = own, own_of_base  # PEFT hands its own on to the base
-    completion_ids = ids[:, prompt_ids.shape[1] :]
-    eos: Any = config.eos_token_id
-    mask, terminated = completion_mask(completion_ids, eos if isinstance(eos, list) else [eos] * (eos is not None))
-    return Completions(
-        prompt_ids, prompt_mask, completion_ids.masked_fill(~mask, config.pad_token_id), mask
-    ), terminated

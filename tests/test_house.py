@@ -18,7 +18,7 @@ FLOORS = {
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,
     "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
-    "penalty": 5,
+    "penalty": 5, "checks": 5,
     "ppo": 6, "integrations": 6, "diagnostics": 6, "plots": 6,
     "arguments": 7, "doctor": 7, "cli": 7,
 }  # fmt: skip

@@ -131,6 +131,7 @@ VALIDATORS: dict[str, Validator] = {
     "missing_eos_penalty": number(optional=True),
     "bootstrap_truncated": boolean,
     "disable_dropout": boolean,
+    "self_test": boolean,
     "log_completions": boolean,
     "num_completions_to_print": number(whole=True),
     "kl_log_tokens": number(whole=True),
@@ -222,6 +223,9 @@ class PPOConfig(TrainingArguments):
         default=False, metadata={"help": "Value of the last state, not 0, after a completion that did not end."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Without it the first ratio is not 1."})
+    self_test: bool = field(
+        default=True, metadata={"help": "Check policy, reference and optimizer on three short rows before step 1."}
+    )
     log_completions: bool = field(default=False, metadata={"help": "Print and save a table of completions."})
     num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
 

@@ -68,7 +68,8 @@ class PPOTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    _gradient_seen = _ratio_seen = False  # what is checked once, at the first micro-batch
+    _gradient_seen = _ratio_seen = _tested = False  # what is checked once, before and at the first micro-batch
+    _self_test_seconds, _starts_equal = 0.0, None  # None: the policy has an adapter already, which may be trained
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class PPOTrainer(Trainer):
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = given.load_policy(model, args.model_options)
         tokenizer = given.load_tokenizer(processing_class, model)
+        self._starts_equal = False if reference is not None else None if hasattr(model, "peft_config") else True
         self.reward_funcs = as_reward_functions(reward_funcs)
         train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args.episodes_per_rollout)
         model, reference = given.build_policy_and_reference(
@@ -155,6 +157,7 @@ class PPOTrainer(Trainer):
         """One micro-batch. Makes the next rollout first if the last one is used up."""
         cycle = self.ppo.cycle
         if cycle.rollout is None:
+            self._test_once(model)
             self._make_rollout(model, inputs)
         micro, tokens = cycle.next_micro_batch()
         if cycle.running.stopped:
@@ -170,6 +173,14 @@ class PPOTrainer(Trainer):
             self.penalty.controller.update(cycle.running.sequence_kl, cycle.running.episodes)
             self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
         return loss
+
+    def _test_once(self, model: nn.Module) -> None:
+        if self.args.self_test and not self._tested:
+            from klft.ppo.self_test import run_self_test
+
+            fresh = None if self._starts_equal and self.state.global_step else self._starts_equal
+            self._self_test_seconds = run_self_test(self._collector, model, self.optimizer, starts_equal=fresh)
+        self._tested = True
 
     def _check_gradient(self, micro: Rollout) -> None:
         """After the first backward with a token in it: some weight of the policy has a gradient."""
@@ -315,6 +326,8 @@ class PPOTrainer(Trainer):
         prefix = timing.removesuffix("_runtime")
         names = reward_names(self.reward_funcs)
         evaluated = self.ppo.evaluation
+        if prefix == "train":
+            logs["self_test/seconds"] = self._self_test_seconds
         if "loss" in logs:
             logs.update(self._train_metrics(names))
         elif prefix and prefix != "train" and evaluated.tables:

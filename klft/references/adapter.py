@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def why_base_moves(config: "PeftConfig", trains: bool = True) -> str | None:
-    """Why a model with its adapter off would not be, or with `trains` not stay, the base model; None where it is."""
+def why_base_moves(config: "PeftConfig") -> str | None:
+    """Why a model with its adapter off would not be, or not stay, the base model; None where it is."""
     initial = getattr(config, "init_lora_weights", True)
     if initial not in KEEPING_THE_BASE:
         return f"init_lora_weights={initial!r} rewrites the base weights"
     bias = getattr(config, "bias", "none")
-    return f"bias={bias!r} trains biases of the base model" if trains and bias != "none" else None
+    return f"bias={bias!r} trains biases of the base model" if bias != "none" else None
 
 
 class AdapterReference(ModelReference):
@@ -42,7 +42,7 @@ class AdapterReference(ModelReference):
             )
         super().__init__(peft_model)
         for name, config in getattr(peft_model, "peft_config", {}).items():
-            problem = why_base_moves(config, trains=False)
+            problem = why_base_moves(config)
             if problem:
                 raise ValueError(
                     f"adapter {name!r}: {problem}, so the model without its adapter is not the base model. Load the "

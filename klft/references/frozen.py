@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from klft.heads import LMHead
 from klft.models import (
@@ -146,6 +147,21 @@ class FrozenReference(ModelReference):
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
         check_no_shared_storage(self.model, policy)
+
+    @torch.no_grad()
+    def distance_to(self, policy: nn.Module) -> float | None:
+        """Median over matrices of |policy - reference| / |reference|: under 0.5 after fine-tuning, 1.4 for strangers.
+
+        None where the two have no matrix in common.
+        """
+        theirs, own = dict(base_of(policy).named_parameters()), base_of(self.model).named_parameters()
+        distances = []
+        for name, p in own:
+            other = theirs.get(name, theirs.get(name.replace(".weight", ".base_layer.weight")))
+            known = other is not None and other.shape == p.shape and p.dim() == 2 and p.is_floating_point()
+            if known and not isinstance(p, DTensor) and not isinstance(other, DTensor):
+                distances.append((other.to(p) - p).float().norm() / p.float().norm().clamp(min=1e-12))  # pyright: ignore
+        return float(torch.stack([d.cpu() for d in distances]).median()) if distances else None
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

@@ -343,8 +343,9 @@ def test_adapters_that_train_the_base_models_biases_are_refused():
     policy = peft.get_peft_model(
         gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
     )
-    with pytest.raises(ValueError, match="belong to the base model"):
-        AdapterReference(policy).check_independent(policy)
+    # Loaded ones too: PEFT writes a saved adapter's biases into the base model, whether the adapter is on or off.
+    with pytest.raises(ValueError, match="bias='all' trains biases of the base model"):
+        AdapterReference(policy)
 
 
 def test_adapter_reference_needs_an_adapter():

@@ -1,0 +1,171 @@
+"""Checks of one model by itself, and of policy and reference together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from klft.checks.setup import Check, Setup, apart, ok, problem
+from klft.models import causal_inputs, check_vocabularies, evaluating, vocab_size
+
+CUT_MASS = 1e-3  # probability that ids without a row in the other head may hold: they are padding
+UNRELATED = 0.9  # relative distance of weights past which one model did not come from the other
+
+# ---- one model by itself ---------------------------------------------------------------------------------------------
+
+
+def check_repeatable(setup: Setup, role: str) -> Check:
+    """The same rows twice in eval mode."""
+    name = f"{role}: repeatable"
+    logits = setup.logits_of(role)
+    bad = (~logits.isfinite()).any(-1) & setup.batch[1].bool()
+    if bool((logits.isnan().any(-1) & setup.batch[1].bool()).any()):
+        row, column = bad.nonzero()[0].tolist()
+        return problem(name, f"its logits are NaN (sample {row}, position {column}): look for NaN among its weights")
+    off = apart(setup.logits_again(role, *setup.batch)[setup.batch[1].bool()], logits[setup.batch[1].bool()])
+    if off > setup.kl_tolerance / 100:
+        return problem(
+            name, f"the same rows twice in eval mode are {off:.1e} nats apart: something random is on (a router's "
+            "jitter, dropout that is called by hand); turn it off"
+        )  # fmt: skip
+    return ok(name, "the same rows twice have the same probabilities")
+
+
+def check_padding(setup: Setup, role: str) -> Check:
+    """The short text alone, and padded left and right in a batch."""
+    name = f"{role}: padding"
+    short = setup.short
+    alone = setup.logits_again(role, short[None], torch.ones_like(short[None]))[0]
+    logits = setup.logits_of(role)
+    off = {"left": apart(logits[1, -len(short) :], alone), "right": apart(logits[2, : len(short)], alone)}
+    side = max(off, key=lambda each: off[each])
+    if off[side] > setup.kl_tolerance:
+        return problem(
+            name, f"a row padded on the {side} has other probabilities than alone (KL {off[side]:.1e} nats): it reads "
+            "padding, or counts positions by column. Use klft.causal_inputs, or texts of one length"
+        )  # fmt: skip
+    return ok(name, "a row alone, padded left and padded right has the same probabilities")
+
+
+@torch.no_grad()
+def check_head(setup: Setup, role: str) -> Check:
+    """Hidden states times the head that klft reads, against the model's own logits."""
+    name = f"{role}: head"
+    ids, mask = setup.batch
+    everywhere = mask.bool()
+    with evaluating(setup.policy):
+        if role == "reference":
+            side = setup.scorer.reference_side(ids, mask, everywhere)
+        else:
+            inputs = causal_inputs(setup.policy, ids, mask, ids.shape[1])
+            side = setup.scorer.policy_side(setup.policy, inputs, everywhere)
+    if side.head is None:
+        return Check(name, "note", "its head cannot be read: scored from logits, which takes more memory")
+    if side.head.shard is not None:
+        return Check(name, "skipped", "the head is split over processes")
+    ours, own = side.head.logits(side.hidden), setup.logits_of(role)[everywhere].float()
+    off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+    if not off < (3e-2 if setup.low_precision else 1e-5):
+        return problem(
+            name, f"hidden states times the head differ from the model's own logits by {off:.1e} of the largest: a "
+            "softcap, a scale or a bias is not read. Pass an LMHead with it, or score from logits"
+        )  # fmt: skip
+    return ok(name, "hidden states times the head are the model's own logits")
+
+
+OF_ONE = {"repeatable": check_repeatable, "padding": check_padding, "head": check_head}
+
+
+# ---- the two together ------------------------------------------------------------------------------------------------
+
+
+def check_start(setup: Setup) -> Check:
+    """KL(policy, reference), which is 0 where one is the other."""
+    name = "start"
+    real = setup.batch[1].bool()
+    off = apart(setup.policy_logits[real], setup.reference_logits[real])
+    if setup.starts_equal and off > setup.kl_tolerance:
+        return problem(
+            name, f"the policy starts as the reference, and their KL is {off:.1e} nats: one of the two is not what it "
+            "was loaded as (an adapter that is on, another checkpoint)"
+        )  # fmt: skip
+    distance = getattr(setup.reference, "distance_to", lambda _policy: None)(setup.policy)
+    if distance is not None and distance > UNRELATED and setup.starts_equal is None:
+        return problem(
+            name, f"the weights of policy and reference have nothing in common (relative distance {distance:.2f}): is "
+            "the reference the model that the policy came from?"
+        )  # fmt: skip
+    if off > setup.kl_tolerance:
+        return Check(name, "note", f"the policy does not start as the reference: KL up to {off:.2g} nats per token")
+    return ok(name, "KL(policy, reference) is 0")
+
+
+def check_independent(setup: Setup) -> Check:
+    """Change every trained weight: the policy must move, the reference must not. Undone exactly."""
+    name = "reference stays"
+    try:
+        setup.reference.check_independent(setup.policy)
+    except ValueError as error:
+        return problem(name, str(error))
+    trained = [p for p in setup.policy.parameters() if p.requires_grad and p.is_floating_point() and p.numel()]
+    if not trained:
+        if not setup.trains:
+            return Check(name, "skipped", "nothing is trained here")
+        return problem("policy moves", "no weight of the policy is trainable: call requires_grad_(True)")
+    real = setup.batch[1].bool()
+    policy, reference = setup.policy_logits[real], setup.reference_logits[real]
+    with _changed(trained):
+        moved = apart(setup.logits_again("policy", *setup.batch)[real], policy)
+        followed = setup.logits_again("reference", *setup.batch)[real]
+    if not torch.equal(followed, reference) and apart(followed, reference) > setup.kl_tolerance / 100:
+        return problem(
+            name, "weights that are trained move the reference: its adapter is not off, or it shares memory with the "
+            "policy. Load the reference a second time"
+        )  # fmt: skip
+    if moved == 0 and setup.trains:
+        return problem("policy moves", "the policy's probabilities do not depend on the weights that are trained")
+    return ok(name, "what is trained moves the policy, and not the reference")
+
+
+@contextmanager
+def _changed(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Each turned round and negated, zeros 0.01: all that is trained, so that the change shows; exactly undone, without
+    a copy. Not negated alone, which leaves the product of an adapter's two matrices as it was.
+    """
+    local = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in weights]
+    zeros = [not bool(t.any()) for t in local]
+
+    def turn(back: bool) -> None:
+        with torch.no_grad():
+            for t, zero in zip(local, zeros, strict=True):
+                t.fill_(0.0 if back else 0.01) if zero else t.copy_(-t.flip(-1) if t.dim() else -t)
+
+    turn(back=False)
+    try:
+        yield
+    finally:
+        turn(back=True)
+
+
+def check_vocabulary(setup: Setup) -> Check:
+    """Heads against the tokenizer, and the probability of ids that only one of the two has."""
+    name = "vocabulary"
+    sizes = {"policy": vocab_size(setup.policy), "reference": setup.reference.vocab_size}
+    if setup.tokenizer is not None:
+        try:
+            check_vocabularies(setup.tokenizer, **sizes)
+        except ValueError as error:
+            return problem(name, str(error))
+    shared = min(sizes.values())
+    wider = max(sizes, key=lambda role: sizes[role])
+    if sizes[wider] == shared:
+        return ok(name, f"both heads have {shared:,} rows")
+    held = setup.logits_of(wider)[setup.batch[1].bool()].float().softmax(-1)[:, shared:].sum(-1).max()
+    if held > CUT_MASS:
+        return problem(
+            name, f"the {wider}'s head has {sizes[wider]:,} rows, the other {shared:,}, and the ids that are cut hold "
+            f"{float(held):.1e} of the probability: they are no padding. Use two models with one vocabulary"
+        )  # fmt: skip
+    return ok(name, f"{shared:,} ids are shared; the {wider}'s others hold {float(held):.1e} of the probability")
