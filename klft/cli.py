@@ -68,7 +68,10 @@ def diff(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Of MODEL's, not REF's.")] = False,
     opened: Opened = False,
 ) -> None:
-    """Compare two causal language models with one vocabulary on texts: exact KL of every token, both ways."""
+    """Compare two causal language models with one vocabulary on texts: exact KL of every token, both ways.
+
+    The texts are given, not sampled from MODEL, so there is no sampled estimate (k1, k2, k3) of a KL.
+    """
     from rich.console import Console
     from rich.progress import track
 

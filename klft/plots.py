@@ -60,15 +60,16 @@ def kl_by_position(stats: "Statistics") -> "Figure":
 
 def estimator_spread(table: "pa.Table") -> "Figure":
     """Box plot of the sampled estimates k1, k2, k3 of the reverse KL over tokens, beside its exact value, of a token
-    table. Boxes: quartiles; whiskers: 1st and 99th percentile; diamonds: means. Nats, prompt tokens left out."""
+    table. Boxes: quartiles; whiskers: 1st and 99th percentile; diamonds: means. Nats; tokens that the policy did not
+    sample (prompts, given texts) left out."""
     import torch
 
-    counted = ~np.asarray(table["is_prompt"])
+    counted = ~np.asarray(table["is_prompt"]) & np.asarray(table["sampled"].fill_null(False))
     columns = [np.asarray(table[name], np.float64)[counted] for name in ("logp", "ref_logp", "reverse_kl")]
     logp, ref_logp, exact = (torch.from_numpy(column) for column in columns)
     estimates = {"exact": exact, "k1": k1(logp, ref_logp), "k2": k2(logp, ref_logp), "k3": k3(logp, ref_logp)}
     finite = torch.stack(list(estimates.values())).isfinite().all(0)
-    _some(finite[finite].tolist(), "tokens with both a reference log-probability and an exact KL")
+    _some(finite[finite].tolist(), "tokens that the policy sampled, with both a log q and an exact KL")
     estimates = {name: values[finite].numpy() for name, values in estimates.items()}
     figure, axes = _axes("Sampled estimates of the reverse KL", "KL per token (nats)", "")
     keys = ("whislo", "q1", "med", "q3", "whishi")

@@ -23,6 +23,7 @@ class TokenScores:
     """Per token, in nats. `token_scores` fills them as [N], `score_logits` and the scorers as [B, T].
 
     All but logp are None where there is no reference (and nobody asked for the entropy or the likeliest tokens).
+    The log-ratios of tokens that the policy did not sample (a given text's, a greedy continuation's) estimate no KL.
     """
 
     logp: Float[Tensor, "*B"]  # log p(token) of the policy
@@ -36,6 +37,7 @@ class TokenScores:
     top_p: Float[Tensor, "*B K"] | None = None  # their probabilities
     ref_top_ids: Int[Tensor, "*B K"] | None = None  # the reference's
     ref_top_p: Float[Tensor, "*B K"] | None = None
+    sampled: Bool[Tensor, "*B"] | None = None  # whether the policy sampled the token, as k1, k2, k3 assume; None: all
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the fields that are there."""
@@ -63,7 +65,7 @@ def score_logits(
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-SAMPLED = {"k1": k1, "k2": k2, "k3": k3}  # estimates of the reverse KL from the sampled token's log-probabilities
+SAMPLED = {"k1": k1, "k2": k2, "k3": k3}  # estimates of the reverse KL, of tokens that the policy sampled alone
 QUANTITIES: tuple[str, ...] = ("reverse", "forward", "entropy", "ref_entropy", "logp", "ref_logp", *SAMPLED)
 """Per token: the exact KL(p||q) and KL(q||p), both entropies, both log-probabilities, and the sampled estimates."""
 PERCENTS = (50, 90, 99)
@@ -161,7 +163,8 @@ def kl_metrics(scores: TokenScores, mask: Mask, *, weight: Float[Tensor, "*B"] |
         mask: True where a token counts. Sequences are rows of [B, T]; [N] is one sequence.
         weight: how much each token counts in means and sums; tokens of weight 0 do not count at all. Default 1.
 
-    Nats, Python floats. Percentiles are nearest ranks over tokens, whatever their weight.
+    Nats, Python floats. Percentiles are nearest ranks over tokens, whatever their weight. kl/{k1,k2,k3}/mean are over
+    the tokens that the policy sampled (`scores.sampled`), and left out where there is none.
     """
     mask = as_mask(mask)
     sequence = torch.arange(mask.numel(), device=mask.device) // max(mask.shape[-1], 1)
@@ -178,9 +181,13 @@ def flat_metrics(
     values = quantities(scores)
     weight = torch.ones_like(values["logp"]) if weight is None else weight.detach().double()
     nonfinite = torch.zeros_like(weight, dtype=torch.bool)
-    for x in values.values():
-        nonfinite |= ~x.isfinite()
-    distributions = {name: _Values(x, weight, sequence) for name, x in values.items() if x.isfinite().any()}
+    everything = torch.ones_like(nonfinite)
+    distributions = {}
+    for name, x in values.items():
+        counted = scores.sampled if name in SAMPLED and scores.sampled is not None else everything
+        nonfinite |= counted & ~x.isfinite()
+        if (counted & x.isfinite()).any():
+            distributions[name] = _Values(x[counted], weight[counted], sequence[counted])
     agree = None
     if scores.top1_agree is not None and len(weight):
         agree = float((scores.top1_agree.double() * weight).sum() / weight.sum())

@@ -245,7 +245,8 @@ def score_texts(
 ) -> Iterator[ScoredTexts]:
     """Score each token of the texts under the policy `model` and a reference: everything in TokenScores, in nats.
 
-    Under tensor parallelism or FSDP2 all processes score the same texts together.
+    The texts are given, not sampled from the policy (`scores.sampled` is False): the KLs are exact, k1, k2 and k3 of
+    these tokens would estimate neither. Under tensor parallelism or FSDP2 all processes score the same texts together.
 
     Args:
         reference: as resolve_reference takes it: a reference, a second causal LM (it is frozen), or None where the
@@ -279,6 +280,6 @@ def _score_batches(
         position = torch.arange(ids.shape[1])
         mask = attention & (position > 0)
         scores = scorer.score_batch(model, ids.to(device), attention.long().to(device), mask.to(device))
-        scores = TokenScores(**{name: t.cpu() for name, t in scores.items()})
+        scores = TokenScores(**{name: t.cpu() for name, t in scores.items()}, sampled=torch.zeros_like(mask))
         is_prompt = attention & (position < torch.tensor(batch.prompt_lengths)[:, None])
         yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids))

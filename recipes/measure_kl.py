@@ -4,7 +4,8 @@
     accelerate launch --config_file accelerate_config.yaml recipes/measure_kl.py --config recipes/measure_kl.yaml ...
 
 POLICY and REF: any two causal LMs with one vocabulary, folders or hub ids; without REF, POLICY is a PEFT adapter and is
-compared with its own base. Each process scores its share; the numbers do not depend on how many there are. --smoke
+compared with its own base. The texts are given, not sampled from POLICY, so there is no sampled estimate (k1, k2, k3)
+of a KL. Each process scores its share; the numbers do not depend on how many there are. --smoke
 needs nothing: 200 reviews by a grammar (recipes/reviews.py), a random model, and the same model with noise on its
 weights. Two CPU cores, 2026-11-22, --smoke: reverse KL 0.6353 +- 0.0052 nats per token, forward 0.6356 +- 0.0052, same
 top-1 11.65 %, over 9,672 tokens. The policy of ppo_reviews.py against its reference on the first 1,000 reviews: 31,776

@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 class TokenKLCallback(TrainerCallback):
     """Every `every` steps, and after the last one, scores probes: kl/... scalars, Parquet, and a page at the end.
 
-    The scalars are those of `klft.diagnostics.scalars`. Tokens go to output_dir/kl/tokens_*.parquet, the page to
+    The scalars are those of `klft.diagnostics.scalars`, without the sampled estimates k1, k2, k3: the policy samples
+    neither given texts nor greedy continuations. Tokens go to output_dir/kl/tokens_*.parquet, the page to
     output_dir/kl/report.html. All processes score all probes, so that none waits for another, whatever it holds of the
     model; the first one writes.
 

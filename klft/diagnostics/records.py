@@ -28,10 +28,12 @@ from klft.writing import atomic_write
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ADDED = {1: ("sampled",)}  # to a file of an older version: what it lacks, null
 
 Int32 = Annotated[int, pa.int32()]
 Int64 = Annotated[int, pa.int64()]
+Bool = Annotated[bool, pa.bool_()]
 Float32 = Annotated[float, pa.float32()]
 Int32s = Annotated[list[int], pa.list_(pa.int32())]
 Float32s = Annotated[list[float], pa.list_(pa.float32())]
@@ -48,7 +50,8 @@ class TokenRecord:
     rank: Int32  # process that scored the token
     sample_id: Int64  # sequence within the step and process
     position: Int32  # column of the token in the caller's [B, T] tensors, so padding and prompt count
-    is_prompt: Annotated[bool, pa.bool_()]  # given, not generated: shown, but left out of all statistics
+    is_prompt: Bool  # given, not generated: shown, but left out of all statistics
+    sampled: Bool | None  # from the policy that is scored: only then is the log-ratio an estimate of a KL (k1, k2, k3)
     token_id: Int32
     token: Annotated[str, pa.string()]  # see token_texts
     logp: Float32  # log p(token) of the policy
@@ -181,12 +184,15 @@ def _read(path: Path) -> tuple[pa.Table, Metadata]:
             if text is None:
                 raise ValueError(f"{path} is not a token table: its metadata has no entry 'klft'; name one klft wrote")
             metadata = Metadata.from_json(text)
-            if metadata.schema_version != SCHEMA_VERSION:
+            if metadata.schema_version not in (*ADDED, SCHEMA_VERSION):
                 raise ValueError(
-                    f"{path} has schema version {metadata.schema_version}, klft {__version__} reads {SCHEMA_VERSION}: "
-                    f"read it with the klft that wrote it, {metadata.klft_version}"
+                    f"{path} has schema version {metadata.schema_version}, klft {__version__} reads up to "
+                    f"{SCHEMA_VERSION}: read it with the klft that wrote it, {metadata.klft_version}"
                 )
-            return _conform(file.read(), str(path)), metadata
+            table = file.read()
+            for name in ADDED.get(metadata.schema_version, ()):
+                table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+            return _conform(table, str(path)), replace(metadata, schema_version=SCHEMA_VERSION)
     except (pa.ArrowException, OSError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is truncated or no Parquet file: {error}; delete it, or write it again") from error
 
@@ -228,7 +234,8 @@ def records_table(
     """One row per True in `mask` [B, T], sequence after sequence, with SCHEMA's columns.
 
     `scores` is klft's TokenScores or anything with its attributes, [B, T] each and [B, T, k] for top_*; what is missing
-    or None becomes null. `position` is the column index t. `sample_ids` [B] names the sequences (default 0 ... B-1).
+    or None becomes null, but for `sampled`, which is then true of all but the prompt. `position` is the column index t.
+    `sample_ids` [B] names the sequences (default 0 ... B-1).
     `rewards` and `advantages` are [B, T], or [B]: then repeated on every token of the sequence.
     Raises ValueError naming the tensor whose shape does not fit.
     """
@@ -253,6 +260,8 @@ def records_table(
         ends = pa.array(np.arange(len(row) + 1) * given.shape[2], pa.int32())
         return pa.ListArray.from_arrays(ends, values).cast(kind)
 
+    prompt = torch.zeros_like(mask) if is_prompt is None else is_prompt.bool().cpu()
+    sampled = getattr(scores, "sampled", None)
     columns = {name: pick(name, getattr(scores, name, None)) for name in (*SCORES, *LISTS)}
     distinct = pick("token_ids", token_ids, "token_id").dictionary_encode()
     texts = pa.array(token_texts(tokenizer, distinct.dictionary.to_pylist()), pa.string())
@@ -261,7 +270,8 @@ def records_table(
         "rank": pa.repeat(rank, len(row)),
         "sample_id": pick("sample_ids", range(len(mask)) if sample_ids is None else sample_ids, "sample_id"),
         "position": pa.array(position.numpy()),
-        "is_prompt": pick("is_prompt", torch.zeros_like(mask) if is_prompt is None else is_prompt.bool()),
+        "is_prompt": pick("is_prompt", prompt),
+        "sampled": pick("sampled", ~prompt if sampled is None else sampled),
         "token_id": distinct.dictionary.take(distinct.indices),
         "token": texts.take(distinct.indices),
         "reward": pick("rewards", rewards, "reward"),

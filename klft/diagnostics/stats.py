@@ -31,8 +31,8 @@ COLUMNS: dict[str, str] = {
     "logp": "logp", "ref_logp": "ref_logp",
 }  # fmt: skip
 QUANTITIES: tuple[str, ...] = (*scores.QUANTITIES, "sampling_gap")
-"""Those of klft.scores, and sampling_gap = k1 - reverse: mean 0 where the tokens were sampled from the policy that is
-scored."""
+"""Those of klft.scores, and sampling_gap = k1 - reverse, whose mean is 0 but for chance. k1, k2, k3 and sampling_gap
+are of tokens that the policy sampled (the column `sampled`), and absent where there is none."""
 
 QUADRANTS: tuple[str, ...] = ("neither", "both", "mode-dropping", "mode-inventing")
 QUIET_NATS = 0.1  # where both KLs are below this the models hardly differ: total variation <= sqrt(0.1 / 2) = 0.22
@@ -343,9 +343,11 @@ class _Tokens:
         if name in COLUMNS:
             return self.floats(COLUMNS[name])
         (logp, valid), (ref_logp, also) = self.floats("logp"), self.floats("ref_logp")
-        valid = valid & also
+        sampled = self.table["sampled"].fill_null(False).to_numpy()[self.rows]
+        valid = valid & also & sampled
         estimator = scores.SAMPLED["k1" if name == "sampling_gap" else name]
         values = scores.saturate(estimator(torch.from_numpy(logp), torch.from_numpy(ref_logp))).numpy()
+        values = np.where(valid, values, np.nan)
         if name == "sampling_gap":
             exact, also = self.floats("reverse_kl")
             with np.errstate(invalid="ignore"):

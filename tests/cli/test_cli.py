@@ -228,6 +228,7 @@ def test_diff_compares_two_checkpoints(klft, saved, tmp_path):
     assert re.search(rf"Mean forward KL +│ {forward:.4g} ± ", out), out
     for label in ("Maximum reverse KL", "99 % reverse KL", "Same top-1", "Perplexity of the policy", "Worst token"):
         assert label in out
+    assert not re.search(r"\bk[123]\b", out + (tmp_path / "new" / "page.html").read_text().split("<script")[0])
     page = tmp_path / "new" / "page.html"
     assert out.splitlines()[-1] == f"The page: {page}"
     rows = table_of(page)["sequences"]

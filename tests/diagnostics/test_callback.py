@@ -82,7 +82,7 @@ def expect_reproduced(folder, logged):
             kls = [row[f"{name}_kl"] for row in mine]
             assert log[f"kl/{name}/mean"] == pytest.approx(sum(kls) / len(kls), rel=1e-6)
             assert log[f"kl/{name}/max"] == pytest.approx(max(kls), rel=1e-6)
-        assert log["kl/k1/mean"] == pytest.approx(sum(r["logp"] - r["ref_logp"] for r in mine) / len(mine), rel=1e-5)
+        assert not {"kl/k1/mean", "kl/k2/mean", "kl/k3/mean"} & set(log), "given texts and greedy ones are no samples"
         assert log["kl/sequence/reverse/mean"] == pytest.approx(sum(r["reverse_kl"] for r in mine) / 4, rel=1e-6)
     return table, metadata
 

@@ -18,10 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from klft.diagnostics import Metadata, Statistics, records_table, score_texts
+from klft.diagnostics import Metadata, Statistics, records_table, scalars, score_texts, summary_lines
 from klft.diagnostics.loading import load_models, read_texts
 from klft.diagnostics.measure import scored_table
 from klft.models import check_tokenizers
+from klft.plots import estimator_spread
 from klft.prompts import Encoded, encode_prompt, encode_texts
 from klft.references import AdapterReference, FrozenReference
 
@@ -233,6 +234,18 @@ def test_an_empty_text_among_others_leaves_the_others_numbers_alone():
 def test_what_is_no_text_is_named(text, said):
     with pytest.raises(ValueError, match=said):
         encode_texts(tiny.tokenizer(chat=True), ["w1 w2", text], max_length=32)
+
+
+def test_texts_are_given_so_no_estimate_from_samples_is_made_of_them():
+    policy, reference, tokenizer = tiny.llama(), tiny.llama(5), tiny.tokenizer()
+    table = scored_table(score_texts(policy, reference, tokenizer, TEXTS, **SIZES), tokenizer)
+    assert set(table["sampled"].to_pylist()) == {False}
+    stats = Statistics.of(table, Metadata.of(table, tokenizer))
+    assert list(stats.quantities) == ["reverse", "forward", "entropy", "ref_entropy", "logp", "ref_logp"]
+    assert not any(name in key for key in scalars(stats) for name in ("k1", "k2", "k3"))
+    assert not any(name in label for label, _ in summary_lines(stats) for name in ("k1", "k2", "k3"))
+    with pytest.raises(ValueError, match="no tokens that the policy sampled"):
+        estimator_spread(table)
 
 
 def test_prompts_stay_out_of_the_statistics():

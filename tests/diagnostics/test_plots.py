@@ -73,7 +73,7 @@ def test_estimator_spread():
     assert diamonds == pytest.approx([mean(quantity(real, name)) for name in ("k3", "k2", "k1", "reverse")])
     (label,) = lines(axes)
     assert label == f"exact mean, {mean(quantity(real, 'reverse')):.3g} nats"
-    with pytest.raises(ValueError, match="no tokens with both"):
+    with pytest.raises(ValueError, match="no tokens that the policy sampled, with both"):
         plots.estimator_spread(table_of([row | {"reverse_kl": None} for row in rows]))
 
 

@@ -18,6 +18,7 @@ from support.vocabularies import byte_level
 
 from klft.diagnostics import (
     SCHEMA,
+    SCHEMA_VERSION,
     Metadata,
     Statistics,
     TokenKLLog,
@@ -65,6 +66,7 @@ def test_the_columns_are_those_of_token_record_in_order():
         "sample_id",
         "position",
         "is_prompt",
+        "sampled",
         "token_id",
         "token",
         "logp",
@@ -270,10 +272,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         pq.write_table(other, bad)
         with pytest.raises(ValueError, match=rf"bad\.parquet is not a token table.*{name}.*it needs step"):
             read_records(bad)
-    newer = replace(metadata_of(table), schema_version=2, klft_version="9.0")
+    newer = replace(metadata_of(table), schema_version=3, klft_version="9.0")
     write_records(table, bad, newer)
-    with pytest.raises(ValueError, match=r"bad\.parquet has schema version 2.*klft that wrote it, 9\.0"):
+    with pytest.raises(ValueError, match=r"bad\.parquet has schema version 3.*klft that wrote it, 9\.0"):
         read_records(bad)
+
+
+def test_a_file_of_the_first_version_is_read_without_saying_that_its_tokens_were_sampled(tmp_path):
+    table = table_of()
+    first = table.drop_columns(["sampled"])
+    metadata = replace(metadata_of(table), schema_version=1)
+    pq.write_table(first.replace_schema_metadata({b"klft": metadata.to_json().encode()}), tmp_path / "a.parquet")
+    write_records(table, tmp_path / "b.parquet", metadata_of(table))
+    found, again = read_records(tmp_path / "a.parquet")
+    assert found["sampled"].null_count == len(table)
+    assert again.schema_version == SCHEMA_VERSION
+    assert "kl/k1/mean" not in scalars(Statistics.of(found))
+    assert "kl/k1/mean" in scalars(Statistics.of(read_records(tmp_path)[0]))
 
 
 def test_a_column_in_another_order_or_width_is_put_right(tmp_path):

@@ -97,7 +97,8 @@ def test_the_clustered_error_is_how_much_the_mean_varies():
 def simple(reverse, sample_id=None, **columns):
     """Statistics of a table with nothing but a log-probability and the columns given."""
     n = len(reverse)
-    empty = dict.fromkeys(SCHEMA.names, pa.nulls(n)) | {"is_prompt": np.zeros(n, bool), "token": pa.array(["x"] * n)}
+    empty = dict.fromkeys(SCHEMA.names, pa.nulls(n)) | {"is_prompt": np.zeros(n, bool), "sampled": np.ones(n, bool)}
+    empty |= {"token": pa.array(["x"] * n)}
     zeros = dict.fromkeys(("step", "rank", "position", "token_id"), np.zeros(n, int)) | {"logp": np.zeros(n)}
     given = {"sample_id": np.zeros(n, int) if sample_id is None else sample_id, "reverse_kl": np.asarray(reverse)}
     return Statistics.of(pa.table(empty | zeros | given | columns).cast(SCHEMA))

@@ -98,6 +98,29 @@ def test_small_log_ratios_keep_their_digits():
     assert scalars(Statistics.of(table))["kl/k3/mean"] == pytest.approx(true, rel=1e-6)
 
 
+def test_log_ratios_of_tokens_that_the_policy_did_not_sample_estimate_nothing():
+    scores, mask = batch()
+    whole = kl_metrics(scores, mask)
+    scores.sampled = torch.arange(mask.shape[1]).expand_as(mask) > 3
+    scores.logp[0, 0], mask[0, 0] = -2000.0, True  # its k3 is beyond fp32, which is no fault of a given text
+    found = kl_metrics(scores, mask)
+    assert set(found) == KEYS
+    assert found["kl/nonfinite/count"] == 0
+    for name in ("k1", "k2", "k3"):
+        values = getattr(oracles, name)(scores.logp, scores.ref_logp)[mask & scores.sampled]
+        assert found[f"kl/{name}/mean"] == pytest.approx(values.mean().item(), rel=1e-9)
+    table = records_table(scores, torch.full_like(mask.long(), 4), mask, tiny.tokenizer())
+    theirs = scalars(Statistics.of(table))
+    for name in ("k1", "k2", "k3"):
+        assert theirs[f"kl/{name}/mean"] == pytest.approx(found[f"kl/{name}/mean"], rel=1e-6)
+    assert theirs["kl/nonfinite/count"] == 0
+    scores.sampled = torch.zeros_like(mask)
+    given = kl_metrics(scores, mask)
+    assert set(given) == KEYS - {"kl/k1/mean", "kl/k2/mean", "kl/k3/mean"}
+    assert given["kl/reverse/mean"] == pytest.approx(found["kl/reverse/mean"], rel=1e-12)
+    assert set(whole) == KEYS
+
+
 def test_weights():
     scores, mask = batch()
     assert kl_metrics(scores, mask, weight=torch.ones(mask.shape)) == kl_metrics(scores, mask)

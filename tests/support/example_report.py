@@ -132,7 +132,7 @@ def example(sequences: int = 96, steps: tuple[int, ...] = (0, 50, 100, 150, 200,
             ids.append(number[prompt[at]] if given else int(rng.choice(len(words), p=p)))
             tops = [np.argsort(-x, kind="stable")[:top] for x in (p, q)]
             rows.append({
-                "step": step, "rank": 0, "sample_id": each, "position": at, "is_prompt": given,
+                "step": step, "rank": 0, "sample_id": each, "position": at, "is_prompt": given, "sampled": not given,
                 "token_id": ids[-1], "token": words[ids[-1]],
                 "logp": np.log(p[ids[-1]]), "ref_logp": np.log(q[ids[-1]]),
                 "reverse_kl": p @ np.log(p / q), "forward_kl": q @ np.log(q / p),

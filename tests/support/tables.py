@@ -27,7 +27,8 @@ def rows_of(sequences=30, seed=0, step=0, rank=0, spread=1.0, start=0):
                 dict.fromkeys(SCHEMA.names)
                 | {
                     "step": step, "rank": rank, "sample_id": sample, "position": position, "is_prompt": position < 4,
-                    "token_id": token, "token": f" t{token}", "logp": logp, "ref_logp": ref_logp,
+                    "sampled": position >= 4, "token_id": token, "token": f" t{token}",
+                    "logp": logp, "ref_logp": ref_logp,
                     "reverse_kl": reverse, "forward_kl": forward, "entropy": -entropy, "ref_entropy": -ref_entropy,
                     "top_ids": [top, 9], "top_p": [0.5, 0.1], "ref_top_ids": [ref_top, 8], "ref_top_p": [0.5, 0.1],
                 }
