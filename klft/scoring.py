@@ -4,7 +4,7 @@
     scores = scorer.score_batch(model, input_ids, attention_mask, mask)     # [B, T] each
 
     for batch in score_texts(model, reference, tokenizer, texts, batch_size=8, max_length=512):
-        log.add(batch.scores, batch.token_ids, batch.mask, is_prompt=batch.is_prompt, sample_ids=batch.sample_ids)
+        log.add(batch.scores, batch.token_ids, batch.attention_mask, scored=batch.mask, sample_ids=batch.sample_ids)
 
 Where a head cannot be read (an adapter or quantisation on it), that model is scored from its logits instead. Padded
 vocabularies are cut to the ids both models have, which is said once. Both models run in eval mode without gradients and
@@ -230,6 +230,7 @@ class ScoredTexts(NamedTuple):
     mask: Bool[Tensor, "B T"]  # True where a token was predicted, which the first one of a text is not
     is_prompt: Bool[Tensor, "B T"]
     sample_ids: Int[Tensor, "B"]  # number of the text among those given
+    attention_mask: Bool[Tensor, "B T"]  # True on real tokens, the first one too: what to show
 
 
 def score_texts(
@@ -282,4 +283,4 @@ def _score_batches(
         scores = scorer.score_batch(model, ids.to(device), attention.long().to(device), mask.to(device))
         scores = TokenScores(**{name: t.cpu() for name, t in scores.items()}, sampled=torch.zeros_like(mask))
         is_prompt = attention & (position < torch.tensor(batch.prompt_lengths)[:, None])
-        yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids))
+        yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids), attention)

@@ -195,8 +195,8 @@ class TokenKLCallback(TrainerCallback):
             for batch in score_texts(model, self.reference, self._tokenizer, probes, **self.options):
                 if self._log is not None:
                     self._log.add(
-                        batch.scores, batch.token_ids, batch.mask, step=state.global_step, is_prompt=batch.is_prompt,
-                        sample_ids=batch.sample_ids,
+                        batch.scores, batch.token_ids, batch.attention_mask, step=state.global_step,
+                        scored=batch.mask, is_prompt=batch.is_prompt, sample_ids=batch.sample_ids,
                     )  # fmt: skip
         if self._log is not None:
             self._log.close()

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 def scored_table(batches: Iterable[ScoredTexts], tokenizer: "PreTrainedTokenizerBase") -> pa.Table:
-    """One row per token, as `records_table` makes them; `sample_id` is the text's number."""
+    """One row per token, as `records_table` makes them, a text's first (unscored) too; `sample_id`: the text's."""
     tables = [
-        records_table(b.scores, b.token_ids, b.mask, tokenizer, is_prompt=b.is_prompt, sample_ids=b.sample_ids)
+        records_table(
+            b.scores, b.token_ids, b.attention_mask, tokenizer,
+            scored=b.mask, is_prompt=b.is_prompt, sample_ids=b.sample_ids,
+        )
         for b in batches
-    ]
+    ]  # fmt: skip
     return pa.concat_tables(tables or [SCHEMA.empty_table()])
 
 

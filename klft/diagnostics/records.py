@@ -54,7 +54,7 @@ class TokenRecord:
     sampled: Bool | None  # from the policy that is scored: only then is the log-ratio an estimate of a KL (k1, k2, k3)
     token_id: Int32
     token: Annotated[str, pa.string()]  # see token_texts
-    logp: Float32  # log p(token) of the policy
+    logp: Float32 | None  # log p(token) of the policy; null where it was not scored: nothing predicts a first token
     ref_logp: Float32 | None  # log q(token) of the reference
     reverse_kl: Float32 | None  # KL(p||q) over the vocabulary
     forward_kl: Float32 | None  # KL(q||p) over the vocabulary
@@ -228,10 +228,14 @@ def records_table(
     rank: int = 0,
     sample_ids: Sequence[int] | Tensor | None = None,
     is_prompt: Tensor | None = None,
+    scored: Tensor | None = None,
     rewards: Tensor | None = None,
     advantages: Tensor | None = None,
 ) -> pa.Table:
     """One row per True in `mask` [B, T], sequence after sequence, with SCHEMA's columns.
+
+    `scored` [B, T]: False where a token is only shown, as a text's first: its scores are null, and no statistic counts
+    it. Default: all of `mask`.
 
     `scores` is klft's TokenScores or anything with its attributes, [B, T] each and [B, T, k] for top_*; what is missing
     or None becomes null, but for `sampled`, which is then true of all but the prompt. `position` is the column index t.
@@ -243,6 +247,7 @@ def records_table(
     if mask.ndim != 2:
         raise ValueError(f"mask is {list(mask.shape)}, which is not [B, T]")
     row, position = mask.nonzero(as_tuple=True)
+    unscored = torch.zeros(len(row), dtype=torch.bool) if scored is None else ~scored.detach().bool().cpu()[mask]
 
     def pick(name: str, given: Any, column: str = "") -> pa.Array:
         """The values [N] or [N, k] that the mask keeps of [B, T], [B, T, k] or, where that will do, [B]."""
@@ -254,11 +259,11 @@ def records_table(
         if not by_sequence and (given.shape[:2] != mask.shape or given.ndim != 2 + (name in LISTS)):
             raise ValueError(f"{name} is {list(given.shape)}, which does not fit the mask, {list(mask.shape)}")
         kept = given[row] if by_sequence else given[mask]
-        values = pa.array((kept.float() if kept.is_floating_point() else kept).flatten().numpy())
+        values = (kept.float() if kept.is_floating_point() else kept).flatten().numpy()
         if name not in LISTS:
-            return values.cast(kind)
+            return pa.array(values, mask=unscored.numpy() if name in SCORES else None).cast(kind)
         ends = pa.array(np.arange(len(row) + 1) * given.shape[2], pa.int32())
-        return pa.ListArray.from_arrays(ends, values).cast(kind)
+        return pa.ListArray.from_arrays(ends, pa.array(values), mask=pa.array(unscored.numpy())).cast(kind)
 
     prompt = torch.zeros_like(mask) if is_prompt is None else is_prompt.bool().cpu()
     sampled = getattr(scores, "sampled", None)
@@ -327,6 +332,7 @@ class TokenKLLog:
         step: int = 0,
         sample_ids: Tensor | Sequence[int] | None = None,
         is_prompt: Tensor | None = None,
+        scored: Tensor | None = None,
         rewards: Tensor | None = None,
         advantages: Tensor | None = None,
     ) -> None:
@@ -347,7 +353,7 @@ class TokenKLLog:
         self._samples += len(mask)
         table = records_table(
             scores, token_ids, mask, self._tokenizer, step=step, rank=self._rank, sample_ids=sample_ids,
-            is_prompt=is_prompt, rewards=rewards, advantages=advantages,
+            is_prompt=is_prompt, scored=scored, rewards=rewards, advantages=advantages,
         )  # fmt: skip
         self._tables.append(table)
         self._recent = self._recent.merge(Statistics.of(table, self._metadata.naming(table, self._tokenizer)))

@@ -1,8 +1,8 @@
 """Statistics of a token table that merge over ranks and steps, and the numbers and lines made of them.
 
-Prompt tokens are left out. Non-finite values are counted and left out of everything else, each quantity by itself. A
-quantity without a finite value is absent: no key, no NaN. All values are in nats. Percentiles are within 1 %, see
-klft.diagnostics.distributions; everything else is exact.
+Prompt tokens, and those without a score (a text's first), are left out. Non-finite values are counted and left out of
+everything else, each quantity by itself. A quantity without a finite value is absent: no key, no NaN. All values are in
+nats. Percentiles are within 1 %, see klft.diagnostics.distributions; everything else is exact.
 """
 
 import functools
@@ -78,7 +78,7 @@ class Statistics:
     `names`: token id -> (text, class or ""). `worst_by`: see `worst_tokens`.
     """
 
-    tokens: int = 0  # without prompts, as everything here
+    tokens: int = 0  # scored, without prompts, as everything here
     sequences: int = 0
     nonfinite: int = 0  # tokens with a non-finite value in any quantity
     agree: int = 0  # tokens at which both models' likeliest token is the same,
@@ -326,8 +326,8 @@ class _Tokens:
 
     def __init__(self, table: pa.Table):
         self.table = table
-        prompt = table["is_prompt"].to_numpy()
-        self.rows: Any = np.flatnonzero(~prompt) if prompt.any() else slice(None)
+        left_out = table["is_prompt"].to_numpy() | table["logp"].is_null().to_numpy()
+        self.rows: Any = np.flatnonzero(~left_out) if left_out.any() else slice(None)
         starts, number = _runs(table)
         self.sequences = np.repeat(number, np.diff(np.append(starts, len(table))))  # of every row of the table
 

@@ -33,14 +33,14 @@ class TokenTables:
 
         def widened(t: Tensor) -> Tensor:
             # Prompt tokens were not scored; they are there to be read.
-            blank = torch.nan if t.is_floating_point() else 0
-            return torch.cat([t.new_full((*prompts.shape, *t.shape[2:]), blank), t], 1)
+            return torch.cat([t.new_zeros(*prompts.shape, *t.shape[2:]), t], 1)
 
         scores = {name: widened(t) for name, t in kl.scores.items()}
         ids, attention = completions.inputs
         self.log.add(
             TokenScores(**scores), ids, attention.bool(), step=step,
             is_prompt=torch.cat([prompts, torch.zeros_like(completions.mask)], 1),
+            scored=torch.cat([torch.zeros_like(prompts), completions.mask], 1),
             rewards=widened(rewards), advantages=widened(advantages),
         )  # fmt: skip
 

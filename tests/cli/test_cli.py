@@ -255,8 +255,9 @@ def test_diff_reads_prompts_and_takes_options(klft, tmp_path):
     assert code == 0
     assert "1 in 1 sequences" in out
     (row,) = table_of(page)["sequences"]
-    assert row["prompt"] == "10"
-    assert len(row["top_ids"][0]) == 2
+    assert row["prompt"] == "110"
+    assert row["top_ids"][0] is None
+    assert len(row["top_ids"][1]) == 2
     code, out, err = klft("diff", "policy", "reference", "--texts", "texts.txt", "-o", page, "--max-length", 3)
     assert "6 in 3" not in out
     assert "5 in 3 sequences" in out

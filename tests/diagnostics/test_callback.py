@@ -73,7 +73,7 @@ def kl_logs(logs):
 def expect_reproduced(folder, logged):
     """Sums over the Parquet's rows are the logged scalars."""
     table, metadata = read_records(folder)
-    rows = [row for row in table.to_pylist() if not row["is_prompt"]]
+    rows = [row for row in table.to_pylist() if not row["is_prompt"] and row["logp"] is not None]
     assert sorted({row["step"] for row in rows}) == sorted(logged)
     for step, log in logged.items():
         mine = [row for row in rows if row["step"] == step]
@@ -88,10 +88,10 @@ def expect_reproduced(folder, logged):
 
 
 def sequences(table, step):
-    """sample_id -> (ids under their positions from 1 on, rows)."""
+    """sample_id -> rows of its scored tokens: those from position 1 on."""
     found = {}
     for row in table.to_pylist():
-        if row["step"] == step:
+        if row["step"] == step and (row["position"] or row["logp"] is not None):
             found.setdefault(row["sample_id"], []).append(row)
     return {number: sorted(rows, key=lambda row: row["position"]) for number, rows in found.items()}
 

@@ -85,7 +85,7 @@ def test_the_columns_are_those_of_token_record_in_order():
     assert SCHEMA.field("step").type == pa.int64()
     assert SCHEMA.field("position").type == pa.int32()
     assert SCHEMA.field("ref_top_p").type == pa.list_(pa.float32())
-    assert not SCHEMA.field("logp").nullable
+    assert not SCHEMA.field("is_prompt").nullable
     assert SCHEMA.field("ref_logp").nullable
 
 
@@ -148,6 +148,19 @@ def test_what_is_missing_is_null():
     ]
     assert sum(column.null_count for column in table.columns) == len(missing) * len(table)
     assert table["sample_id"].to_pylist() == mask.nonzero()[:, 0].tolist()
+
+
+def test_what_was_not_scored_is_shown_with_null_scores():
+    scores, token_ids, mask, *_ = scored()
+    counts = mask & (torch.arange(7) > 2)
+    table = records_table(scores, token_ids, mask, tiny.tokenizer(), scored=counts)
+    whole = records_table(scores, token_ids, mask, tiny.tokenizer())
+    assert table["token"].to_pylist() == whole["token"].to_pylist()
+    for row, same in zip(table.to_pylist(), whole.to_pylist(), strict=True):
+        for name in ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "top_ids", "ref_top_p"):
+            assert row[name] == (same[name] if row["position"] > 2 else None)
+    alone = records_table(scores, token_ids, counts, tiny.tokenizer())
+    assert scalars(Statistics.of(table)) == scalars(Statistics.of(alone))
 
 
 def test_no_top_list_is_null_and_no_token_is_no_row():

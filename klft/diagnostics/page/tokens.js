@@ -139,7 +139,7 @@ function drawTokens() {
     const list = make("div", { class: "tokens", role: "listbox", "aria-label": `Tokens of ${nameOf(s)}` });
     for (; next < tokens.length && tokens[next].order === order; next++) {
       const token = tokens[next], text = data.vocabulary[token.index];
-      const kind = `t${token.prompt ? " prompt" : ""}${/^\s+$/.test(text) ? " blank" : ""}`;
+      const kind = `t${token.prompt ? " prompt" : token.logp === null ? " unscored" : ""}${/^\s+$/.test(text) ? " blank" : ""}`;
       const role = { role: "option", "aria-selected": "false", tabindex: next ? -1 : 0 };
       token.element = make("span", { class: kind, ...role, "data-at": next }, shown(token.index));
       if (/^\s/.test(text)) list.append(make("wbr"));
@@ -264,7 +264,7 @@ function fillCard(t) {
     ["log-ratio", "log_ratio", nats(METRICS.ratio.of(t))], ["advantage", "advantage", nats(t.advantage)],
   ].filter(([, name]) => name !== "advantage" || t.advantage !== null);
   const kind = classOf(t.index), id = data.ids[t.index];
-  const where = [`id ${id}`, kind, `position ${t.position}`, t.prompt ? "prompt" : "", nameOf(t.sequence)];
+  const where = [`id ${id}`, kind, `position ${t.position}`, t.prompt ? "prompt" : "", t.logp === null ? "not scored" : "", nameOf(t.sequence)];
   const lines = facts.flatMap(([label, name, text]) => [make("dt", {}, label), make("dd", { "data-field": name }, text)]);
   const tops = [["policy", t.top, "policy"], ["reference", t.refTop, "ref"]];
   card.replaceChildren(
