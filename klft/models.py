@@ -5,6 +5,7 @@ Models are recognised by what they have (duck typing); transformers and peft are
 
 import inspect
 import logging
+import re
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,38 @@ def require_causal_lm(model: nn.Module, role: str) -> None:
     loaded_as = [a for a in getattr(config, "architectures", None) or () if a.endswith("ForSequenceClassification")]
     if loaded_as:
         raise TypeError(f"{role}: {config._name_or_path} is a {loaded_as[0]}; its vocabulary head would be random")
+
+
+LOADING_INFO = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of from_pretrained, which then gives (model, what check_loading wants to see)."""
+
+
+def check_loading(model: nn.Module, info: dict[str, Any], role: str) -> None:
+    """Raise ValueError, naming tensors, where a checkpoint is not the whole of `model`: transformers draws what is
+    missing or of another shape at random, and drops what has no place.
+
+    Tensors of modules that the model does not have (a value head, an image tower) are no fault; further layers, and
+    further tensors of the model's own modules, are.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(set(info["missing_keys"]) & parameters)
+    mismatched = [f"{name} {list(of_file)}, not {list(own)}" for name, of_file, own in sorted(info["mismatched_keys"])]
+    patterns = {re.sub(r"\d+", "#", name) for name in parameters}
+    modules = {name.rpartition(".")[0] for name in parameters}
+    further = [
+        name
+        for name in sorted(info["unexpected_keys"])
+        if re.sub(r"\d+", "#", name) in patterns or name.rpartition(".")[0] in modules
+    ]
+    if getattr(model, "is_quantized", False):
+        further = []  # scales and the like, which the quantiser reads
+    faults = {"lacks": missing, "has in another shape": mismatched, "has, and the model has no place for,": further}
+    said = [f"{verb} {len(names)} tensor(s) ({', '.join(names[:3])})" for verb, names in faults.items() if names]
+    if said:
+        raise ValueError(
+            f"{role}: the checkpoint is not a whole {type(model).__name__}: it {'; it '.join(said)}. Save the model "
+            "anew, or mend its config.json"
+        )
 
 
 def check_vocabularies(tokenizer: "PreTrainedTokenizerBase", **sizes: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klft.models import check_tokenizers, require_causal_lm
+from klft.models import LOADING_INFO, check_loading, check_tokenizers, require_causal_lm
 from klft.prompts import Text
 from klft.references import AdapterReference, FrozenReference, Reference
 
@@ -28,6 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
+VALUE_FUNCTION = {"v_head", "value_model"}  # PPO's, which rides along in an adapter's file
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 
@@ -139,13 +140,43 @@ def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
         kind = (config.architectures or [type(config).__name__])[0]
         raise TypeError(f"{role} {name}: expected a causal language model (AutoModelForCausalLM), got {kind}")
     with _explained(role, name):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=trust)
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, name, config=adapter)
+        options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust} | LOADING_INFO
+        auto: Any = AutoModelForCausalLM  # gives a pair
+        model, info = auto.from_pretrained(base, **options)
     require_causal_lm(model, f"{role} {name}")
+    check_loading(model, info, f"{role} {base}")
+    if adapter is not None:
+        with _explained(role, name):
+            model = _adapted(model, name, adapter)
     return model.eval()
+
+
+def _adapted(model: Any, name: str, config: Any) -> Any:
+    """The model with a saved adapter on. Raises ValueError, naming tensors, where the adapter's are not the model's."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, as an error
+        adapted: Any = PeftModel.from_pretrained(model, name, config=config)
+    result = set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu"))
+    marks = (getattr(adapted.base_model, "prefix", None) or "modules_to_save.default", "modules_to_save.default")
+    missing = [key for key in result.missing_keys if any(mark in key for mark in marks) and not _shared(key)]
+    unexpected = [key for key in result.unexpected_keys if not VALUE_FUNCTION & set(key.split("."))]
+    if missing or unexpected:
+        counts = {"has no place for": unexpected, "finds no": missing}
+        said = [
+            f"{verb} {len(keys)} tensor(s) ({', '.join(sorted(keys)[:2])})" for verb, keys in counts.items() if keys
+        ]
+        base = config.base_model_name_or_path
+        raise ValueError(
+            f"the adapter does not fit {base}, which {' and '.join(said)}: was it trained on another model?"
+        )
+    return adapted
+
+
+def _shared(key: str) -> bool:
+    """Whether an adapter's tensor repeats one that is saved elsewhere."""
+    return any(name in key for name in ("vblora_vector_bank", "tinylora_v", "unilora_theta_d"))
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from klft.models import (
+    LOADING_INFO,
     base_of,
+    check_loading,
     check_no_shared_storage,
     check_tokenizers,
     check_vocabularies,
@@ -37,9 +39,13 @@ def load_policy(model: nn.Module | str, model_init_kwargs: dict[str, Any] | None
     In float32 unless `model_init_kwargs` say otherwise: in 16 bit most steps of a small learning rate round to nothing.
     """
     if isinstance(model, str):
-        options: Any = {"use_safetensors": True, "dtype": torch.float32} | (model_init_kwargs or {})
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
-    elif model_init_kwargs:
+        options: Any = {"use_safetensors": True, "dtype": torch.float32} | (model_init_kwargs or {}) | LOADING_INFO
+        auto: Any = AutoModelForCausalLM  # gives a pair
+        loaded, info = auto.from_pretrained(model, **options)
+        require_causal_lm(loaded, "model")
+        check_loading(loaded, info, f"model {model}")
+        return loaded
+    if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by name; this one is loaded already")
     require_causal_lm(model, "model")
     return model

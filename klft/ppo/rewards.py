@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from klft.generation import Completions
-from klft.models import evaluating, max_positions, position_offset
+from klft.models import LOADING_INFO, check_loading, evaluating, max_positions, position_offset
 from klft.ppo.guards import on_all_ranks
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ class RewardModel:
         **model_init_kwargs: Any,
     ):
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True, **model_init_kwargs)
+            options: Any = {"use_safetensors": True} | model_init_kwargs | LOADING_INFO
+            auto: Any = AutoModelForSequenceClassification  # gives a pair
+            loaded, info = auto.from_pretrained(model, **options)
+            check_loading(loaded, info, f"reward model {model}")
+            model = loaded
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise TypeError(
                 "a reward model must be a sequence-classification model (AutoModelForSequenceClassification), "

@@ -1,0 +1,107 @@
+"""Checkpoints and adapters that are not the model they say: refused by name, before anything is scored."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from support import tiny
+from transformers import AutoModelForCausalLM
+
+from klft.diagnostics.loading import load_models
+from klft.ppo.inputs import load_policy
+from klft.ppo.rewards import RewardModel
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def edit(folder, change, file="model.safetensors"):
+    """Rewrite a folder's weights with what `change` makes of them."""
+    tensors = load_file(f"{folder}/{file}")
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, f"{folder}/{file}", metadata={"format": "pt"})
+    return folder
+
+
+FAULTS = [
+    (lambda t: {k: v for k, v in t.items() if k != DOWN}, rf"it lacks 1 tensor\(s\) \({DOWN}\)"),
+    (lambda t: t | {"lm_head.weight": torch.zeros(40, 16)}, r"lm_head.weight \[40, 16\], not \[32, 16\]"),
+    (lambda t: t | {DOWN.replace("1", "2"): t[DOWN] + 1}, rf"no place for, 1 tensor\(s\) \({DOWN.replace('1', '2')}\)"),
+    (lambda t: t | {DOWN.replace("weight", "bias"): torch.zeros(16)}, r"no place for, .*down_proj\.bias"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), FAULTS)
+def test_a_checkpoint_that_is_not_the_whole_model_is_refused(change, said, tmp_path):
+    good, bad = save(tmp_path / "good", tiny.llama(5)), edit(save(tmp_path / "bad", tiny.llama()), change)
+    for given, role in (((bad, good), "model"), ((good, bad), "reference")):
+        with pytest.raises(ValueError, match=f"{role} .*bad: the checkpoint is not a whole LlamaForCausalLM.*{said}"):
+            load_models(*given)
+    with pytest.raises(ValueError, match=f"model .*bad: .*{said}"):
+        load_policy(bad)
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    backbone = save(tmp_path / "backbone", tiny.llama().model)
+    with pytest.raises(ValueError, match=r"it lacks 1 tensor\(s\) \(lm_head.weight\)"):
+        load_models(backbone, save(tmp_path / "good", tiny.llama(5)))
+
+
+def test_a_judge_without_its_head_is_refused(tmp_path):
+    folder = save(tmp_path / "judge", tiny.critic())
+    assert RewardModel(folder).model is not None
+    edit(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("score")})
+    with pytest.raises(ValueError, match=r"reward model .*judge: .*it lacks 1 tensor\(s\) \(score.weight\)"):
+        RewardModel(folder)
+
+
+def test_tied_heads_value_heads_and_old_buffers_are_no_fault(tmp_path):
+    tied = save(tmp_path / "tied", tiny.llama(0, tie_word_embeddings=True))
+    assert "lm_head.weight" not in load_file(f"{tied}/model.safetensors")
+    more = {"v_head.weight": torch.zeros(1, 16), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    edit(tied, lambda t: t | more | {"model.layers.0.self_attn.masked_bias": torch.zeros(1)})
+    policy, _, _ = load_models(tied, save(tmp_path / "gpt2", tiny.gpt2()))
+    assert not tiny.unequal(tiny.parameters(policy), tiny.parameters(tiny.llama(0, tie_word_embeddings=True)))
+    load_policy(tied)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    save(tmp_path / "base", tiny.llama())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny.lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {f"x.{k}": v for k, v in t.items()}, r"no place for 8 tensor\(s\) \(x\.base.* finds no 8 tensor"),
+        (lambda t: dict(list(t.items())[1:]), r"which finds no 1 tensor\(s\) \(base_model"),
+        (
+            lambda t: t | {"base_model.model.model.layers.7.q.lora_A.weight": torch.zeros(2, 16)},
+            r"no place for 1 .*\.7\.",
+        ),
+        (lambda t: {k: torch.zeros(2, 9) if "lora_A" in k else v for k, v in t.items()}, "size mismatch"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(adapter, change, said):
+    edit(adapter, change, "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"model .*adapter: .*{said}"):
+        load_models(adapter)
+
+
+def test_an_adapter_with_ppos_value_head_is_loaded(adapter):
+    edit(adapter, lambda t: t | {"base_model.model.v_head.weight": torch.zeros(1, 16)}, "adapter_model.safetensors")
+    policy, _, _ = load_models(adapter)
+    assert all(p.eq(0.1).all() for name, p in policy.named_parameters() if "lora_B" in name)
