@@ -148,8 +148,11 @@ def vocab_size(model: nn.Module) -> int:
     return base_of(model).get_output_embeddings().weight.shape[0]  # pyright: ignore
 
 
+CUT_MASS = 1e-3  # the most probability that ids may hold and still be padding
+
+
 class VocabularyCut:
-    """Cuts logits to the ids both models have, and says once how much probability the cut ids held."""
+    """Cuts logits to the ids both models have, and says once how much probability the others held: CUT_MASS at most."""
 
     def __init__(self):
         self.warned = False
@@ -163,7 +166,16 @@ class VocabularyCut:
         return logits[..., :size]
 
     def warn(self, rows: int, size: int, held: float) -> None:
-        """Once: a head of `rows` rows is cut to `size`; `held` is the most probability that was cut from a token."""
+        """Once: a head of `rows` rows is cut to `size`; `held` is the most probability that was cut from a token.
+
+        Raises ValueError where that is more than CUT_MASS: then the ids are no padding.
+        """
+        if held > CUT_MASS:
+            raise ValueError(
+                f"a model has {rows} vocabulary rows, the other {size}, and the ids from {size} on are no padding: they"
+                f" hold up to {held:.1e} of the probability, where at most {CUT_MASS:g} may be cut. Take two models "
+                "with one vocabulary"
+            )
         if not self.warned:
             self.warned = True
             logger.warning(

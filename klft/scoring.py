@@ -255,7 +255,8 @@ def score_texts(
         texts: what `encode_texts` takes, token ids too; or what it gives, which is then scored as it is.
 
     Raises ValueError for vocabularies that cannot be compared, texts longer than a model has positions, and where no
-    text has a token to score; TypeError for what is no causal language model. All of that before the first batch.
+    text has a token to score; TypeError for what is no causal language model. All of that before the first batch; with
+    a batch, ValueError for logits that are NaN, and where the ids that only one model has are no padding.
     """
     if batch_size < 1 or top_k < 0:
         raise ValueError(f"batch_size must be at least 1 and top_k at least 0, got {batch_size} and {top_k}")
@@ -271,6 +272,22 @@ def score_texts(
     return _score_batches(scorer, model, encoded, pad_with=pad_id(tokenizer), batch_size=batch_size)
 
 
+def _check_numbers(
+    scores: TokenScores, mask: Bool[Tensor, "B T"], sample_ids: list[int], names: dict[str, str]
+) -> None:
+    """Raise ValueError, naming model, text and position, where a model's logits are NaN or +inf."""
+    for (role, name), prefix in zip(names.items(), ("", "ref_"), strict=True):
+        logp, entropy = (getattr(scores, f"{prefix}{score}") for score in ("logp", "entropy"))
+        nonfinite = mask & (logp.isnan() | entropy.isnan())
+        if nonfinite.any():
+            row, position = nonfinite.nonzero()[0].tolist()
+            raise ValueError(
+                f"the {role} {name}: its logits are not finite for text {sample_ids[row]}, position {position} "
+                f"({int(nonfinite.sum())} of {int(mask.sum())} tokens of the batch). Its weights hold NaN or inf, or "
+                "it overflows in this precision: try float32"
+            )
+
+
 def _score_batches(
     scorer: Scorer, model: nn.Module, texts: Encoded, *, pad_with: int, batch_size: int
 ) -> Iterator[ScoredTexts]:
@@ -281,6 +298,9 @@ def _score_batches(
         position = torch.arange(ids.shape[1])
         mask = attention & (position > 0)
         scores = scorer.score_batch(model, ids.to(device), attention.long().to(device), mask.to(device))
-        scores = TokenScores(**{name: t.cpu() for name, t in scores.items()}, sampled=torch.zeros_like(mask))
+        scores = TokenScores(**{name: t.cpu() for name, t in scores.items()})
+        names = {"policy": base_of(model).config._name_or_path, "reference": scorer.reference.name}
+        _check_numbers(scores, mask, batch.sample_ids, names)
+        scores = TokenScores(**dict(scores.items()), sampled=torch.zeros_like(mask))
         is_prompt = attention & (position < torch.tensor(batch.prompt_lengths)[:, None])
         yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids), attention)

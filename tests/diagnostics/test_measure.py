@@ -139,10 +139,23 @@ def test_modes_and_gradients_are_left_as_they_were():
     assert all(p.requires_grad for p in policy.parameters())
 
 
+@pytest.mark.parametrize("broken", ["policy", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error_that_names_model_text_and_position(broken, value):
+    models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
+    models[broken].model.embed_tokens.weight.data[tiny.tokenizer()("w10")["input_ids"][0]] = value
+    models[broken].config._name_or_path = "my/model"
+    batches = score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES | {"batch_size": 2})
+    next(batches)  # w10 is in the third text: attention spreads its NaN over all of that
+    said = rf"the {broken} my/model: its logits are not finite for text 2, position 1 \(6 of 8 tokens of the batch\)"
+    with pytest.raises(ValueError, match=said):
+        next(batches)
+
+
 @pytest.mark.parametrize("wide", ["policy", "reference"])
 def test_padded_rows_are_cut_and_their_mass_is_told(wide, caplog):
     models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
-    models[wide] = tiny.llama(7, vocab_size=40)
+    models[wide] = tiny.padded()
     found = list(score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES))
     every_row(found, *models.values(), rows=32)
     told = [record.getMessage() for record in caplog.records if "padding and left out" in record.getMessage()]
@@ -150,11 +163,21 @@ def test_padded_rows_are_cut_and_their_mass_is_told(wide, caplog):
     ids = [tiny.tokenizer()(text)["input_ids"] for text in TEXTS[:3]]
     held = max(logits_of(models[wide], each)[:-1].softmax(-1)[:, 32:].sum(-1).max().item() for each in ids)
     assert f"at most {held:.1e}" in told[0]
-    assert held > 0.05
+    assert 1e-6 < held < 1e-3
+
+
+@pytest.mark.parametrize("rows", [33, 40, 4000])
+@pytest.mark.parametrize("wide", ["policy", "reference"])
+def test_rows_that_hold_probability_are_not_cut(wide, rows):
+    models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
+    models[wide] = tiny.llama(7, vocab_size=rows)
+    said = f"a model has {rows} vocabulary rows, the other 32, and the ids from 32 on are no padding: they hold up to"
+    with pytest.raises(ValueError, match=said):
+        next(score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES))
 
 
 def test_a_head_that_klft_cannot_read_is_scored_from_logits(caplog):
-    policy, reference = adapted(target_modules=["q_proj", "lm_head"]), tiny.llama(7, vocab_size=40)
+    policy, reference = adapted(target_modules=["q_proj", "lm_head"]), tiny.padded()
     with caplog.at_level(logging.INFO, "klft"):
         found = list(score_texts(policy, reference, tiny.tokenizer(), TEXTS, temperature=0.7, **SIZES))
     every_row(found, policy, reference, temperature=0.7, rows=32)

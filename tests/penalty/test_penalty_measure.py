@@ -145,9 +145,11 @@ def test_equal_models_have_a_kl_of_exactly_zero(policy):
 
 def test_a_padded_vocabulary_is_cut(policy):
     """A reference with more rows counts as if it had the policy's."""
-    big = llama(1, VOCAB + 6)
-    small = llama(1)
-    small.load_state_dict({k: v[:VOCAB] if v.shape[:1] == (VOCAB + 6,) else v for k, v in big.state_dict().items()})
+    big, small = llama(1), llama(1)
+    big.lm_head = torch.nn.Linear(16, VOCAB + 6)
+    torch.nn.init.zeros_(big.lm_head.weight)
+    big.lm_head.weight.data[:VOCAB] = small.lm_head.weight.data
+    big.lm_head.bias.data = torch.where(torch.arange(VOCAB + 6) < VOCAB, 0.0, -14.0)
     ids, attention, completion = tokens("right")
     logits = forward(policy, ids, attention)
     got, want = (KLPenalty(FrozenReference(m)).measure(logits, ids, attention, completion) for m in (big, small))

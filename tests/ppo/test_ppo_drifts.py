@@ -21,14 +21,23 @@ def cuts(caplog):
 @pytest.mark.parametrize("wide", ["policy", "reference"])
 def test_a_padded_vocabulary_is_cut_once_and_said_once_with_the_mass_it_held(wide, caplog, tmp_path):
     models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
-    models[wide] = tiny.llama(7, vocab_size=40)
+    models[wide] = tiny.padded()
     run = tiny.trainer(tmp_path, models["policy"], given={"reference": models["reference"]}, max_steps=3)
     with caplog.at_level(logging.WARNING):
         run.train()
     (said,) = cuts(caplog)
     assert "40 vocabulary rows, the other 32" in said
     held = float(said.split("at most ")[1].split(" ")[0])
-    assert 0.01 < held < 1
+    assert 0 < held < 1e-3
+
+
+@pytest.mark.parametrize("wide", ["policy", "reference"])
+def test_rows_that_hold_probability_are_not_cut(wide, tmp_path):
+    models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
+    models[wide] = tiny.llama(7, vocab_size=40)
+    run = tiny.trainer(tmp_path, models["policy"], given={"reference": models["reference"]}, max_steps=3)
+    with pytest.raises(ValueError, match="40 vocabulary rows, the other 32, and the ids from 32 on are no padding"):
+        run.train()
 
 
 def test_equal_vocabularies_are_not_spoken_of(caplog, tmp_path):

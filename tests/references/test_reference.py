@@ -390,7 +390,8 @@ def test_vocab_size_sees_through_an_adapter():
 
 def test_vocabulary_cut_says_once_how_much_probability_it_cuts(caplog):
     logits = torch.zeros(2, 3, 10)
-    logits[1, 2, 8:] = 5.0  # the token with the most to lose
+    logits[..., 8:] = -20.0
+    logits[1, 2, 8:] = -8.0  # the token with the most to lose
     cut = VocabularyCut()
     with caplog.at_level(logging.WARNING, logger="klft.models"):
         torch.testing.assert_close(cut(logits, 10), logits, rtol=0, atol=0)
@@ -406,7 +407,19 @@ def test_vocabulary_cut_says_once_how_much_probability_it_cuts(caplog):
     assert "ids from 8 on" in text
 
 
+@pytest.mark.parametrize(("held", "refused"), [(1.1e-3, True), (0.9e-3, False)])
+def test_ids_with_probability_are_no_padding(held, refused):
+    logits = torch.tensor([1 - held, held]).log()
+    if not refused:
+        assert VocabularyCut()(logits, 1).shape == (1,)
+        return
+    with pytest.raises(
+        ValueError, match=r"2 vocabulary rows, the other 1, .* hold up to 1\.1e-03 of .* at most 0\.001"
+    ):
+        VocabularyCut()(logits, 1)
+
+
 def test_vocabulary_cut_keeps_the_gradient():
-    logits = torch.zeros(1, 1, 4, requires_grad=True)
+    logits = torch.tensor([[[0.0, 0.0, 0.0, -20.0]]], requires_grad=True)
     VocabularyCut()(logits, 3).sum().backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]))
