@@ -130,18 +130,26 @@ def _tokenizer(name: str, role: str, trust: bool) -> Any:
 
 
 def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     with _explained(role, name):
         adapter = _adapter_config(name)
         base = name if adapter is None else adapter.base_model_name_or_path
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    auto: Any = AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
-        kind = (config.architectures or [type(config).__name__])[0]
-        raise TypeError(f"{role} {name}: expected a causal language model (AutoModelForCausalLM), got {kind}")
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            kind = (config.architectures or [type(config).__name__])[0]
+            raise TypeError(f"{role} {name}: expected a causal language model (AutoModelForCausalLM), got {kind}")
+        auto = AutoModelForImageTextToText  # a vision-language model, of which texts are scored without images
     with _explained(role, name):
         options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust} | LOADING_INFO
-        auto: Any = AutoModelForCausalLM  # gives a pair
         model, info = auto.from_pretrained(base, **options)
     require_causal_lm(model, f"{role} {name}")
     check_loading(model, info, f"{role} {base}")

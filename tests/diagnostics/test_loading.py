@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from support import tiny
-from transformers import AutoModelForCausalLM
+from support import oracles, tiny
+from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from klft.diagnostics.loading import load_models
 from klft.ppo.inputs import load_policy
 from klft.ppo.rewards import RewardModel
+from klft.scoring import score_texts
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -105,3 +106,37 @@ def test_an_adapter_with_ppos_value_head_is_loaded(adapter):
     edit(adapter, lambda t: t | {"base_model.model.v_head.weight": torch.zeros(1, 16)}, "adapter_model.safetensors")
     policy, _, _ = load_models(adapter)
     assert all(p.eq(0.1).all() for name, p in policy.named_parameters() if "lora_B" in name)
+
+
+# --- vision-language models ------------------------------------------------------------------------------------------
+
+
+def vision_language(seed):
+    """A tiny Qwen2.5-VL: positions of three kinds per token, which of a text are all the same."""
+    text = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.25,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    ids = {"image_token_id": 29, "video_token_id": 28, "vision_start_token_id": 27, "vision_end_token_id": 26}
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)).eval()
+
+
+def test_the_texts_of_a_vision_language_model_are_scored(tmp_path):
+    models = {"policy": vision_language(0), "reference": vision_language(5)}
+    policy, reference, tokenizer = load_models(*(save(tmp_path / name, model) for name, model in models.items()))
+    texts = ["w1 w2 w3 w4 w5", "w6 w7"]
+    (batch,) = score_texts(policy, reference, tokenizer, texts, batch_size=2, max_length=32)
+    for row, text in enumerate(texts):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            p, q = (model.double()(input_ids=ids).logits[0, :-1] for model in models.values())
+        expected = oracles.reverse_kl(p, q)
+        assert expected.min() > 0.05
+        found = batch.scores.reverse_kl[row, 1 : ids.shape[1]].double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    edit(tmp_path / "policy", lambda t: {k: v for k, v in t.items() if "layers.1.mlp.down_proj" not in k})
+    with pytest.raises(ValueError, match=r"not a whole Qwen2_5_VLForConditionalGeneration: it lacks 1 tensor"):
+        load_models(str(tmp_path / "policy"), str(tmp_path / "reference"))
