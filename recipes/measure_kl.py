@@ -176,7 +176,9 @@ def measure(settings: Settings, state: PartialState, comparison: Comparison) -> 
     statistics = functools.reduce(Statistics.merge, statistics_by_process)
     console = Console()
     console.print(summary_table(statistics, f"{model} against {reference}"), worst_table(statistics))
-    if settings.output_dir:
+    if not settings.output_dir:
+        console.print("No file is written; --output_dir FOLDER keeps the rows (Parquet) and makes the page.")
+    else:
         folder = Path(settings.output_dir)
         # Back into the order of the texts, so that the files do not depend on the number of processes.
         whole = pa.concat_tables(tables).sort_by([("sample_id", "ascending"), ("position", "ascending")])

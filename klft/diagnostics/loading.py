@@ -5,6 +5,7 @@ the caller says so, and never the reference's; weights are read from safetensors
 """
 
 import csv
+import functools
 import logging
 import os
 import shutil
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
@@ -28,6 +31,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+HUB_TIMEOUT = 5.0  # seconds in which the hub answers, or is not asked: the libraries would try again for a minute
 VALUE_FUNCTION = {"v_head", "value_model"}  # PPO's, which rides along in an adapter's file
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
@@ -66,6 +71,7 @@ def load_models(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = _device(device)
+    _reachable.cache_clear()
     tokenizer = _tokenizer(model, "model", trust_remote_code)
     ref_tokenizer = None if reference is None else _tokenizer(reference, "reference", False)
     if tokenizer is not None and ref_tokenizer is not None:
@@ -93,6 +99,33 @@ def _device(name: str | None) -> str:
     return name
 
 
+@functools.cache
+def _reachable(hub: str) -> bool:
+    """Whether the hub answers at all, be it with an error."""
+    try:
+        with urlopen(Request(hub, method="HEAD"), timeout=HUB_TIMEOUT):
+            return True
+    except HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _unreachable(name: str) -> bool:
+    """Whether `name` is for the hub, which does not answer: then only what is in the cache can be loaded."""
+    offline = any(os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in OFFLINE)
+    return not (offline or Path(name).exists()) and not _reachable(_hub())
+
+
+def _source(name: str) -> dict[str, Any]:
+    """Options of from_pretrained: the cache alone where the hub does not answer."""
+    return {"local_files_only": True} if _unreachable(name) else {}
+
+
 @contextmanager
 def _explained(role: str, name: str):
     """A loader's errors, of many kinds, as one ValueError that names the model."""
@@ -100,6 +133,8 @@ def _explained(role: str, name: str):
         yield
     except Exception as error:
         folder = "" if Path(name).exists() else "there is no such folder, and "
+        if _unreachable(name):
+            folder += f"the hub ({_hub()}) does not answer: "
         raise ValueError(f"{role} {name}: {folder}{' '.join(str(error).split()) or repr(error)}") from error
 
 
@@ -107,13 +142,13 @@ def _adapter_config(name: str) -> Any:
     """The configuration of a PEFT adapter, or None for any other model."""
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(name) is None:
+    if find_adapter_config_file(name, **_source(name)) is None:
         return None
     try:
         from peft import PeftConfig
     except ModuleNotFoundError as error:
         raise ValueError("it is a PEFT adapter: pip install klft[peft]") from error
-    return PeftConfig.from_pretrained(name)
+    return PeftConfig.from_pretrained(name, **_source(name))
 
 
 def _tokenizer(name: str, role: str, trust: bool) -> Any:
@@ -125,7 +160,7 @@ def _tokenizer(name: str, role: str, trust: bool) -> Any:
         for each in [name] if adapter is None else [name, adapter.base_model_name_or_path]:
             # A folder without the files would get the empty tokenizer that its model type's class makes.
             if not Path(each).is_dir() or any(next(Path(each).glob(f), None) for f in TOKENIZER_FILES):
-                return AutoTokenizer.from_pretrained(each, trust_remote_code=trust)
+                return AutoTokenizer.from_pretrained(each, trust_remote_code=trust, **_source(each))
     return None
 
 
@@ -141,7 +176,7 @@ def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
     with _explained(role, name):
         adapter = _adapter_config(name)
         base = name if adapter is None else adapter.base_model_name_or_path
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **_source(base))
     auto: Any = AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -150,7 +185,7 @@ def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
         auto = AutoModelForImageTextToText  # a vision-language model, of which texts are scored without images
     with _explained(role, name):
         options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust} | LOADING_INFO
-        model, info = auto.from_pretrained(base, **options)
+        model, info = auto.from_pretrained(base, **options, **_source(base))
     require_causal_lm(model, f"{role} {name}")
     check_loading(model, info, f"{role} {base}")
     if adapter is not None:
@@ -165,8 +200,8 @@ def _adapted(model: Any, name: str, config: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, as an error
-        adapted: Any = PeftModel.from_pretrained(model, name, config=config)
-    result = set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu"))
+        adapted: Any = PeftModel.from_pretrained(model, name, config=config, **_source(name))
+    result = set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu", **_source(name)))
     marks = (getattr(adapted.base_model, "prefix", None) or "modules_to_save.default", "modules_to_save.default")
     missing = [key for key in result.missing_keys if any(mark in key for mark in marks) and not _shared(key)]
     unexpected = [key for key in result.unexpected_keys if not VALUE_FUNCTION & set(key.split("."))]
@@ -234,6 +269,20 @@ def _lines(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
+@contextmanager
+def _cache_alone(name: str):
+    """Datasets from the cache alone inside, where the hub does not answer."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    _reachable.cache_clear()
+    config.HF_HUB_OFFLINE = before or _unreachable(name)
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
 def _csv(path: Path) -> Any:
     """The cells as they are written: 007 is no number, NA no missing value."""
     from datasets import Dataset
@@ -254,7 +303,8 @@ def _rows(path: Path, name: str, split: str) -> Any:
         raise ValueError(f"{name}: there is no such file")
     try:
         if not path.is_file():
-            return load_dataset(name, split=split)
+            with _cache_alone(name):
+                return load_dataset(name, split=split)
         if suffix == ".csv":
             return _csv(path)
         with TemporaryDirectory() as cache:

@@ -455,6 +455,17 @@ def test_the_recipe_measures_the_same_on_one_process_and_on_two(tmp_path):
     assert (tmp_path / "2" / "report.html").stat().st_size > 10_000
 
 
+def test_the_recipe_says_that_it_writes_no_file(tmp_path, monkeypatch, capsys):
+    recipe = RECIPES / "measure_kl.py"
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", str(recipe.with_suffix(".yaml")), "--smoke", "--max_texts", "3"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *given])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    runpy.run_path(str(recipe), run_name="__main__")
+    assert "No file is written; --output_dir FOLDER" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

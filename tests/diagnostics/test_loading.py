@@ -1,5 +1,9 @@
 """Checkpoints and adapters that are not the model they say: refused by name, before anything is scored."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -106,6 +110,36 @@ def test_an_adapter_with_ppos_value_head_is_loaded(adapter):
     edit(adapter, lambda t: t | {"base_model.model.v_head.weight": torch.zeros(1, 16)}, "adapter_model.safetensors")
     policy, _, _ = load_models(adapter)
     assert all(p.eq(0.1).all() for name, p in policy.named_parameters() if "lora_B" in name)
+
+
+# --- a hub that does not answer --------------------------------------------------------------------------------------
+
+ASK = """
+import time
+from klft.diagnostics.loading import load_models, read_texts
+for ask in (lambda: load_models("some/model", "another/model"), lambda: read_texts("some/dataset")):
+    began = time.monotonic()
+    try:
+        ask()
+    except ValueError as error:
+        print(f"{time.monotonic() - began:.1f}", " ".join(str(error).split()))
+"""
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_for_a_minute(tmp_path):
+    given = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }  # nobody listens there
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], capture_output=True, text=True, env=os.environ | given, timeout=60, check=True
+    )
+    model, dataset = done.stdout.splitlines()
+    said = "model some/model: there is no such folder, and the hub (http://127.0.0.1:9) does not answer: "
+    assert model.split(" ", 1)[1].startswith(said)
+    assert dataset.split(" ", 1)[1].startswith("some/dataset: ")
+    assert max(float(line.split()[0]) for line in (model, dataset)) < 15, done.stdout
 
 
 # --- vision-language models ------------------------------------------------------------------------------------------
