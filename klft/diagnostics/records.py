@@ -218,6 +218,15 @@ def _check_same(a: Metadata, b: Metadata, where: str) -> None:
 # --- from scores -----------------------------------------------------------------------------------------------------
 
 
+def _array(values: Tensor, null: "np.ndarray | None") -> pa.Array:
+    """Values [N], or [N, k] as lists, null where `null` [N] is True."""
+    flat = (values.float() if values.is_floating_point() else values).flatten().numpy()
+    if values.ndim == 1:
+        return pa.array(flat, mask=null)
+    ends = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
+    return pa.ListArray.from_arrays(ends, pa.array(flat), mask=None if null is None else pa.array(null))
+
+
 def records_table(
     scores: TokenScores,
     token_ids: Tensor,
@@ -234,9 +243,7 @@ def records_table(
 ) -> pa.Table:
     """One row per True in `mask` [B, T], sequence after sequence, with SCHEMA's columns.
 
-    `scored` [B, T]: False where a token is only shown, as a text's first: its scores are null, and no statistic counts
-    it. Default: all of `mask`.
-
+    `scored` [B, T]: False where a token, as a text's first, is only shown: null scores, in no statistic. Default: mask.
     `scores` is klft's TokenScores or anything with its attributes, [B, T] each and [B, T, k] for top_*; what is missing
     or None becomes null, but for `sampled`, which is then true of all but the prompt. `position` is the column index t.
     `sample_ids` [B] names the sequences (default 0 ... B-1).
@@ -259,14 +266,9 @@ def records_table(
         if not by_sequence and (given.shape[:2] != mask.shape or given.ndim != 2 + (name in LISTS)):
             raise ValueError(f"{name} is {list(given.shape)}, which does not fit the mask, {list(mask.shape)}")
         kept = given[row] if by_sequence else given[mask]
-        values = (kept.float() if kept.is_floating_point() else kept).flatten().numpy()
-        if name not in LISTS:
-            return pa.array(values, mask=unscored.numpy() if name in SCORES else None).cast(kind)
-        ends = pa.array(np.arange(len(row) + 1) * given.shape[2], pa.int32())
-        return pa.ListArray.from_arrays(ends, pa.array(values), mask=pa.array(unscored.numpy())).cast(kind)
+        return _array(kept, unscored.numpy() if name in (*SCORES, *LISTS) else None).cast(kind)
 
     prompt = torch.zeros_like(mask) if is_prompt is None else is_prompt.bool().cpu()
-    sampled = getattr(scores, "sampled", None)
     columns = {name: pick(name, getattr(scores, name, None)) for name in (*SCORES, *LISTS)}
     distinct = pick("token_ids", token_ids, "token_id").dictionary_encode()
     texts = pa.array(token_texts(tokenizer, distinct.dictionary.to_pylist()), pa.string())
@@ -276,7 +278,7 @@ def records_table(
         "sample_id": pick("sample_ids", range(len(mask)) if sample_ids is None else sample_ids, "sample_id"),
         "position": pa.array(position.numpy()),
         "is_prompt": pick("is_prompt", prompt),
-        "sampled": pick("sampled", ~prompt if sampled is None else sampled),
+        "sampled": pick("sampled", ~prompt if (given := getattr(scores, "sampled", None)) is None else given),
         "token_id": distinct.dictionary.take(distinct.indices),
         "token": texts.take(distinct.indices),
         "reward": pick("rewards", rewards, "reward"),
