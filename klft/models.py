@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+VALUE_MODULES = frozenset({"v_head", "value_model"})
+"""Submodules that PPO attaches to a policy as its value function: no part of the language model."""
+
+
 def base_of(model: nn.Module) -> Any:
     """The transformers model inside DistributedDataParallel and PEFT wrappers, or the model itself."""
     model = model.module if isinstance(model, DistributedDataParallel) else model

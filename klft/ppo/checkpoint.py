@@ -16,6 +16,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -26,7 +28,6 @@ logger = logging.get_logger(__name__)
 
 MARKER = "_COMPLETE"
 STATE_FILE = "klft_state.json"
-VALUE_FILE = "value_function.safetensors"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,6 +37,8 @@ def commit(folder: Path, final: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync_file(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync_folder(inner)
     with atomic_write(folder / MARKER) as file:
         file.write(json.dumps({"files": sizes, "written": time.time()}, indent=1).encode())
     replaced = final.with_name(f"tmp-replaced-{final.name}")
@@ -108,6 +111,18 @@ def read_state(folder: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot resume from {folder}: {path} is unreadable ({error})") from error
+
+
+def write_rollout(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+    """This process's rollout; not beside the model, where vLLM reads every *.safetensors."""
+    (folder / "klft").mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"klft/rollout_{rank}.safetensors")
+
+
+def read_rollout(folder: Path, rank: int) -> dict[str, Tensor]:
+    """Read it back, from where it was until klft 0.2 too."""
+    path, before = folder / f"klft/rollout_{rank}.safetensors", folder / f"klft_rollout_{rank}.safetensors"
+    return load_file(before if before.exists() else path)
 
 
 def differences(saved: dict, current: dict) -> list[str]:

@@ -56,7 +56,7 @@ def trainable_policy_weights(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: p
         for name, p in policy.named_parameters()
-        if p.requires_grad and not value_function.NAMES & set(name.split("."))
+        if p.requires_grad and not value_function.is_value_parameter(name)
     }
 
 
@@ -106,7 +106,7 @@ def complete_optimizer(optimizer: Optimizer, scheduler: Any, policy: nn.Module, 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = {name: p for name, p in policy.named_parameters() if p.requires_grad and id(p) not in held}
     # With an adapter all that is trained was made here; without, the value function.
-    values = {name: p for name, p in missing.items() if value_function.NAMES & set(name.split("."))}
+    values = {name: p for name, p in missing.items() if value_function.is_value_parameter(name)}
     added = missing if adapter_is_new else values
     if added and scheduler is not None:
         raise ValueError(
@@ -166,7 +166,7 @@ def build_policy_and_reference(
     if another and resolved is not None:
         check_reference_tokenizer(tokenizer, resolved)
     check_nothing_shared(model, value_model, resolved, judges)
-    policy = model if peft_config is None else attach_adapter(model, peft_config, value_head=value_model is None)
+    policy = model if peft_config is None else attach_adapter(model, peft_config)
     if resolved is None:
         resolved = AdapterReference(policy)
         resolved.check_independent(policy)
@@ -197,15 +197,10 @@ def require_readable_head(reference: Reference) -> None:
         ) from error
 
 
-def attach_adapter(model: Any, peft_config: Any, *, value_head: bool) -> Any:
-    """The model with a new adapter; with `value_head` its v_head is trained, and saved, with the adapter."""
+def attach_adapter(model: Any, peft_config: Any) -> Any:
+    """The model with a new adapter. The value function comes after it: it is none of the adapter's modules."""
     from peft import get_peft_model
 
-    if value_head:
-        value_function.attach_value_head(model)
-        # PEFT freezes what it does not own.
-        peft_config = copy.copy(peft_config)
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), "v_head"})
     return get_peft_model(model, peft_config)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -108,8 +107,6 @@ class PPOTrainer(Trainer):
         self._exact_loss = args.kl_estimator == "exact" and self.penalty.placement != "reward"
         if self._exact_loss:
             given.require_readable_head(reference)
-        # The adapter's own file holds the value function only if PEFT was told so when the adapter was made.
-        self._value_in_own_file = hasattr(model, "peft_config") and (peft_config is None or value_model is not None)
         super().__init__(
             model=model,
             args=args,
@@ -400,11 +397,10 @@ class PPOTrainer(Trainer):
         return settings | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy as from_pretrained loads it; the value function rides along, or lies beside it as safetensors."""
+        """The policy alone, as from_pretrained loads it; the value function in a file beside it."""
         super().save_model(output_dir, _internal_call)
-        if self._value_in_own_file and self.args.should_save:
-            tensors = value_function.value_parameters(self._policy)
-            save_file(tensors, Path(output_dir or self._output_dir) / ckpt.VALUE_FILE)
+        folder = Path(output_dir or self._output_dir)
+        value_function.save_value_function(self._policy, folder, write=self.args.should_save)
 
     def push_to_hub(
         self,
@@ -425,7 +421,7 @@ class PPOTrainer(Trainer):
             state = self.ppo
             if state.cycle.rollout is not None:
                 rank = self.args.process_index
-                save_file(state.cycle.rollout.tensors(), folder / f"klft_rollout_{rank}.safetensors")
+                ckpt.write_rollout(folder, rank, state.cycle.rollout.tensors())
             if self.args.should_save:
                 saved = {
                     "run": self._run_settings(),
@@ -454,10 +450,10 @@ class PPOTrainer(Trainer):
         cycle = self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
         cycle.load_state_dict(state["cycle"])
         if cycle.position:
-            tensors = load_file(folder / f"klft_rollout_{self.args.process_index}.safetensors")
+            tensors = ckpt.read_rollout(folder, self.args.process_index)
             cycle.rollout = Rollout(**{name: t.to(self.args.device) for name, t in tensors.items()})
         self._load_value_function(folder)
 
     def _load_value_function(self, folder: Path) -> None:
-        if (folder / ckpt.VALUE_FILE).exists():
-            value_function.load_value_parameters(self._policy, load_file(folder / ckpt.VALUE_FILE))
+        if not self.is_deepspeed_enabled or (folder / value_function.VALUE_FILE).exists():
+            value_function.load_value_function(self._policy, folder)  # ZeRO-3 has it in its own checkpoint

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from klft.models import address, evaluating
+from klft.models import VALUE_MODULES, address, evaluating
 from klft.references.frozen import ModelReference
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class AdapterReference(ModelReference):
 
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError if the policy trains weights the adapter does not own: they are the reference's too."""
-        # PEFT marks what an adapter owns with its tuner's prefix, or with one of these.
+        # PEFT marks what an adapter owns with its tuner's prefix, or with one of these; a value function is not read.
         marks = ["modules_to_save", "prompt_encoder", "trainable_tokens_"]
-        marks.append(getattr(self.model.base_model, "prefix", "") or "prompt_encoder")
+        marks += [getattr(self.model.base_model, "prefix", "") or "prompt_encoder", *VALUE_MODULES]
         trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad and not any(m in n for m in marks)]
         own = {id(p) for p in self.model.parameters()} | ({address(p) for p in self.model.parameters()} - {None})
         shared = [name for name, p in trained if id(p) in own or address(p) in own]

@@ -41,20 +41,6 @@ def test_a_peft_run_is_its_own_reference_with_the_adapter_off(tmp_path):
     assert not torch.equal(loaded(ids).logits, initial(ids).logits)
 
 
-def test_the_value_head_is_saved_with_the_adapter(tmp_path):
-    from safetensors.torch import load_file
-
-    run = tiny.trainer(tmp_path, given={"peft_config": tiny.lora()}, max_steps=2)
-    run.train()
-    run.save_model(str(tmp_path / "final"))
-    saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
-    head = {name.rsplit(".", 1)[-1]: tensor for name, tensor in saved.items() if "v_head" in name}
-    trained = {name.rsplit(".", 1)[-1]: p for name, p in run.model.named_parameters() if "v_head.modules" in name}
-    assert set(head) == set(trained) == {"weight", "bias"}
-    assert not tiny.unequal(head, trained)
-    assert head["weight"].abs().sum() > 0
-
-
 def test_a_peft_model_can_be_handed_in(tmp_path):
     from peft import PeftModel, get_peft_model
 

@@ -113,8 +113,9 @@ def test_a_stopped_rollout_stays_stopped(tmp_path):
 
 def test_nothing_klft_writes_is_a_pickle(tmp_path):
     start(tmp_path, max_steps=3, num_ppo_epochs=4).train()
-    names = {p.name for p in (tmp_path / "checkpoint-3").iterdir()}
-    assert {"klft_state.json", "klft_rollout_0.safetensors", MARKER, "model.safetensors"} <= names
+    folder = tmp_path / "checkpoint-3"
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {"klft_state.json", "klft/rollout_0.safetensors", MARKER, "model.safetensors"} <= names
     # What is left to torch.save is the Trainer's own: optimizer, scheduler, random state, arguments.
     pickles = {n for n in names if n.endswith((".pt", ".pth", ".bin", ".pkl"))}
     assert pickles == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
