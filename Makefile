@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train a small model with PPO under a KL penalty, on two processes; a few minutes on two cores
 	@ACCELERATE_USE_CPU=true "$(BIN)/accelerate" launch --config_file accelerate_config.yaml \
-		recipes/ppo_reviews.py --config recipes/ppo_reviews.yaml --use_cpu true $(DEMO_ARGS)
+		recipes/ppo_reviews.py --config recipes/ppo_reviews.yaml --use_cpu true --overwrite_output_dir true $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests (offline, no GPU, a few minutes)
 	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)

@@ -2,8 +2,9 @@
 
 import io
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,23 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+KL_FILES = ("kl/*.parquet", "kl/report.html")  # a run's token tables and its page, below its output_dir
+
+
+def check_unused(folder: Path, patterns: Sequence[str], ways_out: str) -> None:
+    """Raise ValueError where an earlier run left files in `folder`: a second one's among them would be read as its."""
+    found = [path.relative_to(folder).as_posix() for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(f"{folder} holds another run: {', '.join(found[:3])}{more}. {ways_out}")
+
+
+def remove_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove the files and folders that `check_unused` names, and nothing else."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sync_file(path: Path) -> None:

@@ -25,7 +25,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from klft import PPOConfig, PPOTrainer
 from klft.arguments import one_line_errors, parse_arguments
-from klft.ppo import RewardModel, checkpoint_to_resume
+from klft.ppo import RewardModel, check_output_dir
 
 TABLE_ROWS = 14
 
@@ -76,8 +76,8 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
         raise ValueError(f"asked for {script.processes} process(es), got {args.world_size}. {way_out}")
     if script.smoke:
         args.max_steps = 2 * args.steps_per_rollout
-    # The trainer looks for the checkpoint only when it trains; an error is worth more before the models are loaded.
-    checkpoint_to_resume(Path(args.output_dir or "."), args.resume_from_checkpoint)
+    # The trainer looks at output_dir only when it trains; an error is worth more before the models are loaded.
+    check_output_dir(args)
 
     # The reviews' world is built (once) unless model, prompts and reward all come from elsewhere.
     all_given = model_args.model_name_or_path and script.dataset_name and script.reward

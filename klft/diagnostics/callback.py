@@ -32,6 +32,7 @@ from klft.models import base_of, check_positions, check_vocabularies, max_positi
 from klft.prompts import Encoded, Prompt, encode_prompts, encode_texts, eos_ids, pad, pad_id
 from klft.references import Reference, resolve_reference
 from klft.scoring import score_texts
+from klft.writing import KL_FILES, check_unused, remove_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -57,9 +58,10 @@ class TokenKLCallback(TrainerCallback):
             callbacks that were added after this one: trackers do not see them.
         output_dir: instead of the trainer's own; and prefix: in front of the scalars' names. Both are for trainers that
             write kl/... themselves, as PPOTrainer does of its rollouts.
+        overwrite: remove the tables and the page of another run, instead of refusing to write among them.
 
     Raises ValueError when training starts for a reference that would move with the policy or has another vocabulary,
-    and where no probe has a token to score.
+    where no probe has a token to score, and where the folder holds another run's tables that this one does not resume.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TokenKLCallback(TrainerCallback):
         trainer: Trainer | None = None,
         output_dir: str | None = None,
         prefix: str = "",
+        overwrite: bool = False,
     ):
         if every < 1 or not 0 < max_new_tokens < max_length:
             raise ValueError(
@@ -86,6 +89,7 @@ class TokenKLCallback(TrainerCallback):
             raise ValueError("TokenKLCallback: probe_prompts must be a list of at least one prompt")
         self.reference, self.every, self.trainer = reference, every, trainer
         self.max_new_tokens, self.output_dir, self.prefix = max_new_tokens, output_dir, prefix
+        self.overwrite, self._claimed = overwrite, set[Path]()
         self.options = {
             "batch_size": batch_size, "max_length": max_length, "temperature": temperature, "top_k": top_k,
         }  # fmt: skip
@@ -116,6 +120,9 @@ class TokenKLCallback(TrainerCallback):
         check_positions(max(lengths), model=max_positions(model), reference=reference.max_positions)
         self._last = -1
         self.folder = Path(self.output_dir or args.output_dir or ".")
+        if state.global_step == 0 and self.folder not in self._claimed:  # neither resumed nor trained a second time
+            self._claim(state)
+        self._claimed.add(self.folder)
         if state.is_world_process_zero:
             names = {"model": base_of(model).config._name_or_path, "reference": reference.name}
             self._log = TokenKLLog(self.folder, self._tokenizer, temperature=self.options["temperature"], **names)
@@ -159,6 +166,13 @@ class TokenKLCallback(TrainerCallback):
             write_report(self.folder, self.folder / "kl" / "report.html")
 
     # --- what it does ------------------------------------------------------------------------------------------------
+
+    def _claim(self, state: TrainerState) -> None:
+        if self.overwrite and state.is_world_process_zero:
+            remove_files(self.folder, KL_FILES)
+        elif not self.overwrite:  # on all processes alike: none has written yet
+            way_out = "Resume it, replace it with TokenKLCallback(..., overwrite=True), or name another output_dir."
+            check_unused(self.folder, KL_FILES, way_out)
 
     def _prepare(self) -> list[int]:
         """Encode the probes once: those with a completion whole, the others as prompts. How long each may become."""

@@ -22,12 +22,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from klft.ppo.guards import on_all_ranks
-from klft.writing import atomic_write, sync_file, sync_folder
+from klft.writing import KL_FILES, atomic_write, check_unused, remove_files, sync_file, sync_folder
 
 logger = logging.get_logger(__name__)
 
 MARKER = "_COMPLETE"
 STATE_FILE = "klft_state.json"
+RUN_FILES = ("checkpoint-[0-9]*", *KL_FILES, "completions/*.parquet")  # what two runs in one folder would mix
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -157,6 +158,40 @@ def _with_optimizer(folder: Path) -> Path:
             "Start a new run from it: PPOTrainer(model=that folder)"
         )
     return folder
+
+
+def check_output_dir(args: Any) -> None:
+    """What `PPOTrainer.train` would refuse about `args.output_dir`, in time: before a model is loaded.
+
+    Raises ValueError for a checkpoint to resume from that is not there or damaged, and for a folder that holds another
+    run, unless that is resumed or `overwrite_output_dir` is set.
+    """
+    output_dir = Path(args.output_dir or ".")
+    resumed = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
+    if not args.overwrite_output_dir:
+        _check_unused(output_dir, resumed)
+
+
+def claim(output_dir: Path, resumed: Path | None, accelerator: Accelerator, *, overwrite: bool) -> None:
+    """Make output_dir this run's: empty, or resumed, or emptied. Raises ValueError, on all ranks, for another run's."""
+
+    def check() -> None:
+        if accelerator.is_main_process and not overwrite:
+            _check_unused(output_dir, resumed)
+        elif accelerator.is_main_process and not _continues(output_dir, resumed):
+            remove_files(output_dir, RUN_FILES)
+
+    on_all_ranks(accelerator, check)
+
+
+def _continues(output_dir: Path, resumed: Path | None) -> bool:
+    return resumed is not None and resumed.resolve().parent == output_dir.resolve()
+
+
+def _check_unused(output_dir: Path, resumed: Path | None) -> None:
+    if not _continues(output_dir, resumed):
+        way_out = "Continue it with resume_from_checkpoint=True, or replace it with overwrite_output_dir=True"
+        check_unused(output_dir, RUN_FILES, way_out + ", or name another output_dir.")
 
 
 @contextmanager

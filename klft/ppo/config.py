@@ -135,6 +135,7 @@ VALIDATORS: dict[str, Validator] = {
     "log_completions": boolean,
     "num_completions_to_print": number(whole=True),
     "kl_log_tokens": number(whole=True),
+    "overwrite_output_dir": boolean,
     # The Trainer's own.
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
@@ -232,6 +233,10 @@ class PPOConfig(TrainingArguments):
     kl_log_tokens: int = field(
         default=0, metadata={"help": "Write a token-level KL table of every so many rollouts, and a page; 0 = none."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove another run's checkpoints, tables and page from output_dir, unless it is resumed."},
+    )
 
     # The Trainer's own fields whose stock default does not suit PPO.
     learning_rate: float = field(default=3e-6, metadata={"help": "AdamW's initial learning rate."})
@@ -292,7 +297,13 @@ class PPOConfig(TrainingArguments):
     @staticmethod
     def resumed_fields() -> list[str]:
         """Own fields that a resumed run may not change: all but those that only say how long, or what is shown."""
-        free = {"total_episodes", "log_completions", "num_completions_to_print", "kl_log_tokens"}
+        free = {
+            "total_episodes",
+            "log_completions",
+            "num_completions_to_print",
+            "kl_log_tokens",
+            "overwrite_output_dir",
+        }
         own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
         return [name for name in own if name not in free | inherited]

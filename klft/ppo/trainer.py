@@ -69,6 +69,7 @@ class PPOTrainer(Trainer):
     loss_is_scaled_for_ga = True
     _gradient_seen = _ratio_seen = _tested = False  # what is checked once, before and at the first micro-batch
     _self_test_seconds, _starts_equal = 0.0, None  # None: the policy has an adapter already, which may be trained
+    _claimed: Path | None = None  # the output_dir that holds this trainer's own run
 
     def __init__(
         self,
@@ -368,10 +369,16 @@ class PPOTrainer(Trainer):
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> "TrainOutput":
-        """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir."""
+        """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir.
+
+        Raises ValueError where output_dir holds another run that is neither resumed nor to be overwritten.
+        """
         output_dir = self._output_dir
         with ckpt.locked(output_dir, self.accelerator):
             folder = ckpt.resolve_checkpoint(output_dir, resume_from_checkpoint)
+            if self._claimed != output_dir:  # a second call goes on in its own
+                ckpt.claim(output_dir, folder, self.accelerator, overwrite=self.args.overwrite_output_dir)
+                self._claimed = output_dir
             set_seed(self.args.seed + self._data_rank)
             if folder is not None:
                 self._load_state(folder)

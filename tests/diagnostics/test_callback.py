@@ -226,6 +226,18 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path):
     assert sorted(kl_logs(run.state.log_history)) == [2, 3, 4, 6]
 
 
+def test_a_second_run_does_not_write_among_the_tables_of_the_first(tmp_path):
+    run, _ = watched(tmp_path, tiny.llama(5))
+    run.train()  # the same trainer's second time is no other run
+    before = {p.name: p.read_bytes() for p in (tmp_path / "kl").iterdir()}
+    with pytest.raises(ValueError, match=r"holds another run: kl/tokens_000002-r0\.parquet") as caught:
+        watched(tmp_path, tiny.llama(5), max_steps=3)
+    assert "overwrite=True" in str(caught.value)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "kl").iterdir()} == before
+    watched(tmp_path, tiny.llama(5), max_steps=3, options={"overwrite": True})
+    assert sorted(set(read_records(tmp_path)[0]["step"].to_pylist())) == [2, 3]
+
+
 # --- in TRL's trainers -----------------------------------------------------------------------------------------------
 
 

@@ -247,7 +247,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     start(tmp_path, max_steps=1, given={"callbacks": [Second()]}).train()
     assert len(refused) == 1
     assert str(tmp_path) in refused[0]
-    start(tmp_path, max_steps=1).train()  # free again
+    start(tmp_path, max_steps=1, overwrite_output_dir=True).train()  # free again
 
 
 def test_the_folder_is_free_again_after_a_failure(tmp_path):
