@@ -1,6 +1,6 @@
 """Makes rollouts: generate, score by both models, call the reward functions, shape rewards, estimate advantages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from klft.ppo.config import PPOConfig
 from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
+from klft.ppo.reward_loop import RewardLoop
 from klft.ppo.rewards import RewardFunction, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
@@ -38,6 +39,7 @@ class RolloutCollector:
     reward_funcs: list[RewardFunction]
     weights: Tensor  # [K], one per reward function
     tokenizer: PreTrainedTokenizerBase
+    loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
 
     def reduce(self, t: Tensor) -> Tensor:
         """Sum over processes."""
@@ -70,9 +72,7 @@ class RolloutCollector:
         tables = state.tokens if learn and state.tokens and state.tokens.due(trainer_state.global_step) else None
         kl, values, last_values = self._score(model, completions, top_k=tables.top_k if tables else 0)
         # 5. Reward functions.
-        by_function, columns, logged = score_completions_by(
-            self.reward_funcs, accelerator, rows, completions, texts, trainer_state=trainer_state, known=cut
-        )
+        by_function, columns, logged = self._judge(rows, completions, texts, trainer_state, cut)
         (state.train if learn else state.evaluation).add_logged(logged)
         # 6. Weigh, normalise, clip, charge for a missing end.
         totals = self._total_scores(by_function, terminated, state, learn)
@@ -125,6 +125,14 @@ class RolloutCollector:
         on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, completions.mask, rank))
         kl = self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids)
         return kl, values, last_values
+
+    def _judge(
+        self, rows: list[dict], completions: Completions, texts: list, trainer_state: TrainerState, cut: dict
+    ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
+        return score_completions_by(
+            self.reward_funcs, self.accelerator, rows, completions, texts, trainer_state=trainer_state, loop=self.loop,
+            known=cut,
+        )  # fmt: skip
 
     def _total_scores(self, by_function: Tensor, terminated: Tensor, state: PPOState, learn: bool) -> Tensor:
         """[B, K] -> [B]."""

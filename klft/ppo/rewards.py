@@ -2,17 +2,16 @@
 
     f(prompts, completions, completion_ids, trainer_state=..., log_metric=..., log_extra=..., **columns) -> list
 
+May be async: all run together, in one event loop for the trainer's life, so a client may be kept between calls.
 One number per completion, or None where the function does not apply. A wrong length, a non-number, NaN or infinity is
 an error that names the function, the index and the prompt.
 """
 
-import asyncio
 import copy
 import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from klft.generation import Completions
 from klft.models import LOADING_INFO, check_loading, evaluating, max_positions, position_offset
 from klft.ppo.guards import on_all_ranks
+from klft.ppo.reward_loop import RewardLoop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,6 +209,7 @@ def score_completions_by(
     texts: list,
     *,
     trainer_state: Any,
+    loop: RewardLoop | None = None,
     known: dict[str, list[float]] | None = None,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
@@ -228,6 +229,7 @@ def score_completions_by(
             texts,
             ids,
             dataset_columns,
+            loop=loop,
             trainer_state=trainer_state,
             log_metric=lambda name, value: local.setdefault(name, []).append(float(value)),
             log_extra=lambda name, values: columns.update({name: list(values)}),
@@ -247,21 +249,19 @@ def call_reward_functions(
     completions: list,
     completion_ids: list,
     columns: dict,
+    *,
+    loop: RewardLoop | None = None,
     **extra: Any,
 ) -> Tensor:
-    """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number."""
+    """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number.
+
+    Async functions run together, in `loop`; without one, in a loop of this call's own.
+    """
     given = {**columns, **extra, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     results = [f(**given) for f in functions]
     waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
     if waiting:
-
-        async def wait_for_all():
-            return await asyncio.gather(*waiting.values())
-
-        # In a thread of its own: a notebook's thread already runs a loop, and asyncio refuses a second one there.
-        with ThreadPoolExecutor(1) as thread:
-            awaited = thread.submit(asyncio.run, wait_for_all()).result()
-        for i, r in zip(waiting, awaited, strict=True):
+        for i, r in zip(waiting, (loop or RewardLoop()).results(list(waiting.values())), strict=True):
             results[i] = r
     columns_of_scores = [_checked(reward_name(f), r, prompts) for f, r in zip(functions, results, strict=True)]
     return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
