@@ -153,6 +153,25 @@ VALIDATORS: dict[str, Validator] = {
     "remove_unused_columns": boolean,
 }
 
+# Fields of the Trainer that say nothing to PPO, as the Trainer has them by default, and why.
+_OWN_LOSS, _OWN_METRICS = "PPO's loss has no labels", "evaluation measures rollouts, and computes no other metrics"
+_OWN_ORDER = "prompts are drawn and tokenised for each rollout"
+IGNORED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, _OWN_LOSS),
+    "label_names": (None, _OWN_LOSS),
+    "include_for_metrics": ([], _OWN_METRICS),
+    "batch_eval_metrics": (False, _OWN_METRICS),
+    "eval_do_concat_batches": (True, _OWN_METRICS),
+    "eval_use_gather_object": (False, _OWN_METRICS),
+    "eval_accumulation_steps": (None, _OWN_METRICS),
+    "prediction_loss_only": (False, _OWN_METRICS),
+    "include_num_input_tokens_seen": ("no", "batches are prompts, whose tokens it cannot count"),
+    "auto_find_batch_size": (False, "the sizes of a rollout follow from the batch size, which cannot change meanwhile"),
+    "length_column_name": ("length", _OWN_ORDER),
+    "dataloader_persistent_workers": (False, _OWN_ORDER),
+    "dataloader_multiprocessing_context": (None, _OWN_ORDER),
+}
+
 
 @dataclass
 class PPOConfig(TrainingArguments):
@@ -284,6 +303,16 @@ class PPOConfig(TrainingArguments):
             check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
         except ValueError as error:
             problems.append(str(error))
+        for name, (default, why) in IGNORED.items():
+            given = getattr(self, name, default)
+            if given != default and not (given in (None, False) and default in ([], "no")):  # other words for it
+                problems.append(f"{name} would be ignored: {why}; leave it at {default!r}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            problems.append(
+                f"train_sampling_strategy must be random or sequential: {_OWN_ORDER}, without their lengths"
+            )
+        if self.log_completions and self.logging_strategy == "no":
+            problems.append("log_completions would be ignored with logging_strategy='no': they are shown with the logs")
         if self.total_episodes is not None and self.max_steps > 0:
             problems.append("total_episodes and max_steps say the same thing; give one of them")
         if self.neftune_noise_alpha is not None:

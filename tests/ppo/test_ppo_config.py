@@ -397,3 +397,33 @@ def test_generation_config(config):
     assert config(generation_kwargs='{"min_p": 0.2}').generation_config([2], 0).min_p == 0.2
     plain = config().generation_config([2], 0)
     assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
+
+
+# --- the Trainer's own that PPO would ignore ------------------------------------------------------------------------
+
+IGNORED = {
+    "label_smoothing_factor": 0.1, "label_names": ["labels"], "include_for_metrics": ["loss"],
+    "batch_eval_metrics": True, "eval_do_concat_batches": False, "eval_use_gather_object": True,
+    "eval_accumulation_steps": 2, "prediction_loss_only": True, "include_num_input_tokens_seen": "all",
+    "auto_find_batch_size": True, "length_column_name": "n", "dataloader_persistent_workers": True,
+    "dataloader_multiprocessing_context": "spawn", "train_sampling_strategy": "group_by_length",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), IGNORED.items())
+def test_an_option_of_the_trainer_that_ppo_ignores_is_refused(config, name, value):
+    with pytest.raises(ValueError, match=rf"\b{name}\b") as caught:
+        config(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_completions_that_no_log_shows_are_refused(config):
+    with pytest.raises(ValueError, match="log_completions would be ignored"):
+        config(log_completions=True, logging_strategy="no")
+
+
+def test_a_config_made_of_anothers_fields_is_taken(config):
+    first = config()
+    same = {f.name: getattr(first, f.name) for f in dataclasses.fields(first) if f.init and f.name in IGNORED}
+    config(**same)
+    config(include_num_input_tokens_seen=False, include_for_metrics=None)
