@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klft.divergences import DIVERGENCES, gap, upcast
+from klft.masked import check_ids
 
 DIRECTIONS = ("reverse", "forward")
 GRADIENTS = ("none", "unbiased", "autograd")
@@ -184,6 +185,7 @@ def top_k_kl(
     vocab_size = logits.shape[-1]
     if not 0 <= k <= vocab_size:
         raise ValueError(f"top_k_kl: k must lie in 0..{vocab_size} (the vocabulary), got {k}")
+    check_ids(token_ids, vocab_size, "top_k_kl")
     lp = torch.log_softmax(upcast(logits), -1)
     lq = torch.log_softmax(upcast(ref_logits.detach()), -1)
     weigher = lp.detach() if direction == "reverse" else lq

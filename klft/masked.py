@@ -77,6 +77,22 @@ def masked_whiten(
     return torch.where(mask, (x - centre) * torch.rsqrt(masked_var(x, mask, reduce) + eps), 0.0)
 
 
+def check_ids(ids: Integer[Tensor, "..."], vocab_size: int, where: str) -> None:
+    """Raise ValueError, naming the convention, unless all ids are in 0..vocab_size - 1."""
+    if not ids.numel() or torch.compiler.is_compiling():  # compiled code must not wait for a value
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    if low < 0:
+        way_out = "drop or mask labels of -100 (take labels.clamp(min=0) and leave their results out)"
+    elif high >= vocab_size:
+        way_out = "they are of another vocabulary"
+    else:
+        return
+    raise ValueError(
+        f"{where}: ids are 0..{vocab_size - 1}, got {low if low < 0 else high} (shape {list(ids.shape)}): {way_out}"
+    )
+
+
 class _TokenLogps(torch.autograd.Function):
     """Keeps the logits and recomputes the softmax; a row whose result is masked stays exactly 0 even if it is NaN."""
 
@@ -101,6 +117,7 @@ class _TokenLogps(torch.autograd.Function):
 def token_logps(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """log p(labels), in nats, fp32 inside (fp64 for fp64). `logits[..., t, :]` must be what predicts `labels[..., t]`.
 
-    Labels must be real ids: replace ignored ones (-100) by any id and mask their result.
+    Labels must be real ids: replace ignored ones (-100) by any id and mask their result. Raises ValueError for others.
     """
+    check_ids(labels, logits.shape[-1], "token_logps")
     return _TokenLogps.apply(logits, labels)  # pyright: ignore

@@ -162,6 +162,8 @@ def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], *,
     cut = 0
     for number, text in enumerate(texts):
         ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number)
+        if min(ids, default=0) < 0:
+            raise ValueError(f"text {number}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
         if len(kept) > max(prompt, 1):
             encoded.ids.append(kept)

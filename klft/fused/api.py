@@ -36,6 +36,7 @@ from klft.fused.model_side import ModelSide
 from klft.fused.plan import FusedPlan, make_plan
 from klft.fused.tile import EXACT
 from klft.heads import LMHead
+from klft.masked import check_ids
 from klft.scores import TokenScores
 
 BACKENDS = ("auto", "torch", "triton")
@@ -68,15 +69,6 @@ def _check_hidden(hidden: Tensor, head: LMHead, role: str, n: int) -> None:
         )
 
 
-def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
-    low, high = (int(token_ids.min()), int(token_ids.max())) if token_ids.numel() else (None, None)
-    if token_ids.dim() != 1 or (low is not None and high is not None and not 0 <= low <= high < vocab_size):
-        raise ValueError(
-            f"token_ids must be [N] ids in 0..{vocab_size - 1}, got shape {list(token_ids.shape)} with values from "
-            f"{low} to {high}. Drop masked tokens (-100) before."
-        )
-
-
 def plan_of(
     hidden: Tensor,
     head: LMHead,
@@ -96,7 +88,11 @@ def plan_of(
     if token_ids is None:
         token_ids = torch.full((n,), -1, device=hidden.device)  # no token's logp is asked for
     else:
-        _check_ids(token_ids, head.vocab_size)
+        if token_ids.dim() != 1:
+            raise ValueError(
+                f"token_ids must be [N], one id per row of hidden states, got shape {list(token_ids.shape)}"
+            )
+        check_ids(token_ids, head.vocab_size, "token_ids")
     policy, reference = ModelSide(hidden, head, temperature), None
     if ref_hidden is not None and ref_head is not None:
         _check_hidden(ref_hidden, ref_head, "the reference", n)
