@@ -44,6 +44,16 @@ class Controller:
             setattr(self, key, state[key])
 
 
+def check_controller(controller: Any, where: str) -> None:
+    """Raise TypeError for what has no `coef` and `update` (a number, None), or is a class."""
+    if isinstance(controller, type) or not (hasattr(controller, "coef") and hasattr(controller, "update")):
+        got = f"the class {controller.__name__}" if isinstance(controller, type) else repr(controller)
+        raise TypeError(
+            f"{where}: controller must be a klft controller, FixedKL(0.05) or AdaptiveKL(0.05, target=6.0, "
+            f"horizon=10_000) for instance, got {got}"
+        )
+
+
 class FixedKL(Controller):
     """A constant coefficient, >= 0."""
 

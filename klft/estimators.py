@@ -132,6 +132,10 @@ def estimate_kl(
     Raises ValueError for an unknown name. The reference never receives a gradient.
     """
     if value is not None:
+        if estimator not in ("k1", value):
+            raise ValueError(
+                f"estimate_kl: estimator={estimator!r} and value={value!r} say one thing twice: give estimator alone"
+            )
         warnings.warn("estimate_kl(value=...) is deprecated: use estimator=...", DeprecationWarning, stacklevel=2)
         estimator = value
     estimate_of = _estimator(direction, estimator)

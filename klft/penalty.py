@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
-from klft.controllers import Controller, FixedKL
+from klft.controllers import Controller, FixedKL, check_controller
 from klft.divergences import reverse_kl
 from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
-from klft.fused import token_scores
+from klft.fused import as_head, token_scores
 from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
-from klft.references import Reference, resolve_reference
+from klft.references import Reference, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
 from klft.sharding import all_reduce_sum
@@ -154,13 +154,14 @@ class KLPenalty:
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
         _warn_of(direction, estimator, placement)
+        check_controller(controller, "KLPenalty")
         self.reference = resolve_reference(reference)
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
         self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
         self._losses_called, self._warned_no_loss = False, False
-        self._warned_nonfinite = False
+        self._warned_nonfinite = self._seen_apart = False
 
     @property
     def coef(self) -> float:
@@ -194,6 +195,9 @@ class KLPenalty:
             raise ValueError(f"KLPenalty.measure: temperature must be a finite number above 0, got {temperature}")
         keep = input_ids.shape[1]
         ref_logits = self._reference_logits(logits, input_ids, attention_mask)
+        if not self._seen_apart and torch.is_grad_enabled() and not logits.is_inference():
+            self._seen_apart = True
+            warn_if_one_model(logits, ref_logits, attention_mask != 0)
         shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         logits, ref_logits = (self._cut(t, shared).roll(1, 1) / temperature for t in (logits, ref_logits))
@@ -235,11 +239,11 @@ class KLPenalty:
     def measure_hidden(
         self,
         hidden: Float[Tensor, "*B D"],
-        head: LMHead,
+        head: LMHead | nn.Linear,
         token_ids: Int[Tensor, "*B"],
         mask: Mask,
         ref_hidden: Float[Tensor, "*B E"],
-        ref_head: LMHead,
+        ref_head: LMHead | nn.Linear,
         *,
         behaviour_logp: Float[Tensor, "*B"] | None = None,
         temperature: float = 1.0,
@@ -249,7 +253,7 @@ class KLPenalty:
         Only tokens where `mask` holds are scored; the others' scores are 0. Differentiable in hidden and head. Over a
         sharded head all ranks call it together.
         """
-        mask = as_mask(mask)
+        mask, head, ref_head = as_mask(mask), as_head(head, "the policy"), as_head(ref_head, "the reference")
         flat_hidden, flat_ref = hidden[mask], ref_hidden[mask.to(ref_hidden.device)].to(hidden.device)
         flat = token_scores(flat_hidden, head, token_ids[mask], flat_ref, ref_head, temperature=temperature)
         infinite = (~self._exact_of(flat).detach().isfinite()).nonzero().flatten()[:1]

@@ -20,6 +20,7 @@ over two ranks: docs/fused.md.
 Source of the idea of tiles: Cut Cross-Entropy, arXiv 2411.09009.
 """
 
+from klft.fused.api import as_head as as_head
 from klft.fused.api import fused_token_loss, linear_divergence, token_scores
 from klft.scores import TokenScores
 

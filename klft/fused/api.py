@@ -106,13 +106,16 @@ def plan_of(
     return make_plan(policy, reference, token_ids, Collectives(head.shard), chosen, wants_grad)
 
 
-def _head(head: LMHead | nn.Module, role: str) -> LMHead:
-    """A head; a linear layer is one without scale and softcap."""
+def as_head(head: LMHead | nn.Module, role: str) -> LMHead:
+    """A head; a linear layer is one without scale and softcap. TypeError for anything else."""
     if isinstance(head, LMHead):
         return head
     if isinstance(head, nn.Linear):
         return LMHead(head.weight, head.bias)
-    raise TypeError(f"{role}: expected a klft.LMHead (LMHead.from_model(model)), got {type(head).__name__}")
+    raise TypeError(
+        f"{role}: expected a klft.LMHead (LMHead.from_model(model), or LMHead(weight) of a bare weight), got "
+        f"{type(head).__name__}"
+    )
 
 
 def _inputs(
@@ -121,8 +124,8 @@ def _inputs(
     """What a user may pass -> what is worked on."""
     return (
         _ordinary(hidden),
-        _head(head, "the policy"),
-        None if ref_head is None else _head(ref_head, "the reference"),
+        as_head(head, "the policy"),
+        None if ref_head is None else as_head(ref_head, "the reference"),
     )
 
 
@@ -239,11 +242,17 @@ def fused_token_loss(
     """
     hidden, own, theirs = _inputs(hidden, head, ref_head)
     plan = plan_of(hidden, own, token_ids, ref_hidden, theirs, temperature)
-    for t in per_token:
-        if t.requires_grad or len(t) != len(token_ids):
+    for i, t in enumerate(per_token):
+        entries = len(t) if t.dim() else "no"
+        if entries != len(token_ids):
             raise ValueError(
-                f"fused_token_loss: per_token tensors are constants with one entry per token ({len(token_ids)}), got "
-                f"shape {list(t.shape)}, requires_grad={t.requires_grad}. Detach it."
+                f"fused_token_loss: per_token[{i}] has {entries} entries (shape {list(t.shape)}), and there are "
+                f"{len(token_ids)} tokens: give one entry per row of hidden states, per_token[{i}][mask] of one [B, T]"
+            )
+        if t.requires_grad:
+            raise ValueError(
+                f"fused_token_loss: per_token[{i}] requires a gradient, which would be lost: it is a constant here. "
+                "Detach it, or add its part of the loss outside"
             )
     constants = tuple(map(_ordinary, per_token))
     leaves = (hidden, own.weight, own.bias)

@@ -22,6 +22,7 @@ TokenLoss has all of them in its forward.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -217,6 +218,7 @@ def loss_and_gradients(
     """(sum of loss_fn over chunks, factor * its gradients in hidden, weight and bias), one tile at a time."""
     gradients, workspaces = Gradients(plan, *wanted), plan.workspaces()
     total = plan.policy.hidden.new_zeros((), dtype=plan.policy.acc_dtype)
+    has_gradient = not any(wanted) or not len(plan.policy.hidden)
     for chunk in plan.chunks:
         # 1. Both models' logits of these tokens.
         tile = Tile(plan, chunk, workspaces)
@@ -227,12 +229,19 @@ def loss_and_gradients(
         if loss.dim():
             raise ValueError(f"fused_token_loss: loss_fn must return a scalar, got shape {list(loss.shape)}")
         total += loss.detach()
+        has_gradient |= loss.requires_grad
         # 3. d loss / d score, then through the scores to the logits and through the head, while the tile is there.
         if any(wanted):
             g = scores.gradients(loss, factor)
             if g:
                 _add_scores(gradients, tile, chunk, g)
         scores.close()
+    if not has_gradient and bool(total != 0):  # a constant 0 is a penalty that has no part in the loss
+        warnings.warn(
+            "fused_token_loss: loss_fn's result has no gradient (detached, or made of constants), so hidden states and "
+            "head get zeros. Leave out the detach(); around a loss that is only logged put torch.no_grad()",
+            stacklevel=4,
+        )
     grads = gradients.finish()
     plan.free()
     return total, grads

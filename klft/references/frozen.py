@@ -1,15 +1,17 @@
 """A separate model, frozen."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from klft.divergences import reverse_kl
 from klft.heads import LMHead
 from klft.models import (
     base_of,
@@ -24,6 +26,8 @@ from klft.models import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 class ModelReference:
@@ -168,3 +172,16 @@ class FrozenReference(ModelReference):
         self.model.eval()  # a trainer that walks over modules may have flipped it
         with torch.no_grad():
             yield
+
+
+def warn_if_one_model(
+    logits: Float[Tensor, "B T V"], ref_logits: Float[Tensor, "B T W"], real: Bool[Tensor, "B T"]
+) -> None:
+    """Warn where the policy looks as if it were the reference, which was frozen: no gradient, and the same logits."""
+    if logits.requires_grad or logits.shape != ref_logits.shape:
+        return
+    if bool((reverse_kl(logits, ref_logits.to(logits))[real.to(logits.device)] < 1e-5).all()):
+        logger.warning(
+            "KLPenalty.measure: the policy's logits carry no gradient and equal the reference's. If both are one "
+            "object, KLPenalty has frozen it: give it a copy that was made before, KLPenalty(copy.deepcopy(model))"
+        )

@@ -78,7 +78,12 @@ def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: n
     from klft.references.frozen import FrozenReference
 
     if reference is None:
-        if policy is None or not hasattr(policy, "disable_adapter"):
+        if policy is None:
+            raise ValueError(
+                "reference is None, and no policy is known: there is no PEFT adapter to switch off. Pass a "
+                "second model, KLPenalty(ref_model), or KLPenalty(AdapterReference(policy)) for a PEFT policy"
+            )
+        if not hasattr(policy, "disable_adapter"):
             raise ValueError(
                 f"there is no reference, and {type(policy).__name__} has no PEFT adapter that could be switched off; "
                 "pass a second model"
@@ -93,7 +98,8 @@ def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: n
     elif callable(getattr(reference, "logits", None)):  # not isinstance: that would read every property
         resolved = reference
     else:
-        raise TypeError(f"reference must be a model or a klft reference, got {type(reference).__name__}")
+        load = ": load it, AutoModelForCausalLM.from_pretrained(name)" if isinstance(reference, str) else ""
+        raise TypeError(f"reference must be a model or a klft reference, got {type(reference).__name__}{load}")
     if policy is not None:
         resolved.check_independent(policy)
     return resolved

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -51,6 +52,47 @@ def test_a_backward_never_runs_the_loss_again(factor):
     assert len(calls) == 1
     assert hidden.grad is not None
     assert bool(hidden.grad.isfinite().all()) == (factor == 2.0)
+
+
+def test_constants_of_another_length_and_constants_that_are_none():
+    hidden, head, ids, *_ = inputs(tokens=5)
+    loss_fn = lambda s, a: (s.logp * a).sum()
+    with pytest.raises(ValueError, match=r"per_token\[0\] has 4 entries.*5 tokens.*\[mask\]") as error:
+        klft.fused_token_loss(loss_fn, hidden, head, ids, per_token=[torch.ones(4)])
+    assert "etach" not in str(error.value)
+    with pytest.raises(ValueError, match=r"per_token\[1\] requires a gradient.*Detach it"):
+        klft.fused_token_loss(loss_fn, hidden, head, ids, per_token=[torch.ones(5), torch.ones(5, requires_grad=True)])
+    with pytest.raises(ValueError, match=r"per_token\[0\] has no entries.*5 tokens"):
+        klft.fused_token_loss(loss_fn, hidden, head, ids, per_token=[torch.ones(())])
+
+
+SILENT = {
+    "detached": (lambda s: s.logp.detach().sum(), 1),
+    "the reference's": (lambda s: s.ref_logp.sum(), 1),
+    "of weight 0": (lambda s: s.logp.sum() * 0 + 1, 0),
+}
+
+
+@pytest.mark.parametrize(("loss_fn", "warned"), SILENT.values(), ids=SILENT)
+def test_a_loss_without_a_gradient_says_so(loss_fn, warned):
+    hidden, *others = inputs()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        klft.fused_token_loss(loss_fn, hidden, *others).backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+    assert len(said) == warned, "once for all chunks"
+    assert all("no gradient" in str(w.message) and "detach" in str(w.message) for w in said)
+
+
+def test_a_loss_that_is_only_looked_at_says_nothing():
+    hidden, head, *others = inputs()
+    loss_fn = lambda s: s.logp.detach().sum()
+    with torch.no_grad():
+        klft.fused_token_loss(loss_fn, hidden, head, *others)
+    klft.fused_token_loss(loss_fn, hidden.detach(), LMHead(head.weight.detach()), *others)
+    hidden, head, ids, *_ = inputs(tokens=0)
+    klft.fused_token_loss(lambda _: torch.zeros(()), hidden, head, ids)
 
 
 def test_part_of_a_vocabulary_needs_someone_with_the_rest():

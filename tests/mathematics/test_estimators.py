@@ -352,6 +352,14 @@ def test_unknown_names_list_the_valid_ones(how, named, choices):
     assert all(choice in str(error.value) for choice in choices)
 
 
+def test_the_old_and_the_new_name_of_the_estimator_contradict_each_other():
+    logp, ref_logp = torch.zeros(2), torch.ones(2)
+    with pytest.raises(ValueError, match=r"estimator='k3' and value='k2'.*give estimator alone"):
+        klft.estimate_kl(logp, ref_logp, estimator="k3", value="k2")
+    with pytest.warns(DeprecationWarning, match="estimator="):
+        klft.estimate_kl(logp, ref_logp, value="k2")
+
+
 def test_every_combination_is_covered():
     combinations = set(itertools.product(("reverse", "forward"), ("k1", "k2", "k3"))) - {("forward", "k2")}
     assert combinations == set(VALUES)

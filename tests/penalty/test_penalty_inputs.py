@@ -2,7 +2,9 @@
 
 import copy
 import logging
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from support import tiny
@@ -151,3 +153,80 @@ def test_a_linear_layer_is_a_head():
     assert torch.equal(found, klft.token_scores(hidden, klft.LMHead(layer.weight, layer.bias), ids).logp)
     with pytest.raises(TypeError, match=r"klft\.LMHead.*got Embedding"):
         klft.token_scores(hidden, torch.nn.Embedding(8, 4), ids)
+
+
+# ---- arguments of another kind --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _as_users_have_it():
+    """Without the suite's own type checks, which would refuse a wrong type first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_as_users_have_it")
+@pytest.mark.parametrize("wrong", [0.05, None, "fixed", klft.FixedKL])
+def test_a_controller_of_another_kind_is_named(wrong):
+    with pytest.raises(TypeError, match=r"KLPenalty: controller must be .*FixedKL\(0\.05\).*got "):
+        KLPenalty(tiny.llama(), controller=wrong)
+
+
+@pytest.mark.usefixtures("_as_users_have_it")
+def test_a_controller_of_ones_own_needs_no_base_class():
+    class Mine:
+        coef = 0.3
+
+        def update(self, sequence_kl, episodes):
+            return self.coef + episodes
+
+    mine: Any = Mine()
+    assert KLPenalty(tiny.llama(), controller=mine).coef == 0.3
+
+
+@pytest.mark.usefixtures("_as_users_have_it")
+@pytest.mark.parametrize(("wrong", "said"), [
+    (None, r"reference is None.*KLPenalty\(ref_model\).*AdapterReference"), (0.05, "got float"),
+    ("gpt2", "got str.*load"),
+])  # fmt: skip
+def test_a_reference_of_another_kind_is_named(wrong, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        KLPenalty(wrong)
+
+
+@pytest.mark.usefixtures("_as_users_have_it")
+def test_heads_of_another_kind():
+    """A linear layer is one everywhere; a bare weight is named with what to make of it."""
+    penalty = KLPenalty(tiny.llama())
+    hidden, ids, mask = torch.randn(6, 4), torch.arange(6), torch.ones(6).bool()
+    layer: Any = torch.nn.Linear(4, 8)
+    ref: Any = torch.nn.Linear(4, 8)
+    found = penalty.measure_hidden(hidden, layer, ids, mask, hidden, ref)
+    wanted = klft.token_scores(hidden, layer, ids, hidden, ref)
+    assert torch.equal(found.scores.reverse_kl, wanted.reverse_kl)
+    for function in (klft.token_scores, penalty.measure_hidden):
+        masked = () if function is klft.token_scores else (mask,)
+        with pytest.raises(TypeError, match=r"the policy.*LMHead\(weight\).*got (Tensor|Parameter)"):
+            function(hidden, layer.weight, ids, *masked, hidden, ref)
+        with pytest.raises(TypeError, match=r"the reference.*LMHead\(weight\).*got (Tensor|Parameter)"):
+            function(hidden, layer, ids, *masked, hidden, ref.weight)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_policy_that_the_penalty_froze_is_said_once(same, caplog):
+    policy = tiny.llama().eval()
+    penalty = KLPenalty(policy if same else copy.deepcopy(policy))
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING):
+            penalty.measure(policy(**klft.causal_inputs(policy, IDS, ATTENTION)).logits, IDS, ATTENTION, COMPLETION)
+    said = [r.getMessage() for r in caplog.records if "copy.deepcopy" in r.getMessage()]
+    assert len(said) == same
+
+
+def test_a_rollout_without_gradient_is_no_frozen_policy(caplog):
+    policy = tiny.llama().eval()
+    penalty = KLPenalty(copy.deepcopy(policy))
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        penalty.measure(policy(IDS).logits, IDS, ATTENTION, COMPLETION)
+    assert not caplog.records
