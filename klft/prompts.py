@@ -4,8 +4,9 @@ A prompt is a string or a conversation (a list of messages); trl's chat template
 special tokens are then the template's business, not the tokenizer's.
 """
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 """Text, or a conversation: messages with a role and a content."""
 Text = str | dict[str, Any] | tuple[list[int], int]
 """A text to score, see encode_texts."""
@@ -53,6 +54,72 @@ def pad(
     return ids, mask
 
 
+# ---- chat templates ------------------------------------------------------------------------------------------------
+
+TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")
+"""Columns of a dataset that go to the chat template, as in TRL."""
+OWN_TEMPLATE_ARGUMENTS = {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+
+
+def template_arguments(row: Mapping[str, Any], defaults: Mapping[str, Any] | str | None = None) -> dict[str, Any]:
+    """What the chat template of a row is given: its `chat_template_kwargs` over `defaults`, and its `tools`.
+
+    Each may be in JSON. None, which Arrow fills in where other rows have more keys, is left out. Raises ValueError for
+    what is no dict (tools: no list), and for arguments that klft sets itself.
+    """
+    arguments = {**_template_kwargs(defaults), **_template_kwargs(row.get("chat_template_kwargs"))}
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools else _without_none(tools)
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"tools must be a list of functions' schemas, or one in JSON, got {tools!r:.80}")
+    return arguments | ({"tools": tools} if tools else {})
+
+
+def _template_kwargs(given: Any) -> dict[str, Any]:
+    wrong = why_no_template_kwargs(given)
+    if wrong:
+        raise ValueError(f"chat_template_kwargs {wrong}")
+    return _without_none(json.loads(given) if isinstance(given, str) else dict(given or {}))
+
+
+def why_no_template_kwargs(given: Any) -> str | None:
+    """Why this cannot be chat_template_kwargs, to follow that name; None where it can."""
+    try:
+        kwargs = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        kwargs = given
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        return f"must be a dict, or one in JSON, got {given!r:.80}"
+    own = sorted(OWN_TEMPLATE_ARGUMENTS & set(kwargs or {}))
+    return f"cannot hold {', '.join(own)}: klft sets that itself (tools: by a column of that name)" if own else None
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value
+
+
+def join_turns(prompt: Sequence[dict[str, Any]], completion: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One conversation; an assistant's turn that ends the prompt goes on in the completion's first message."""
+    if not prompt or not completion or not prompt[-1]["role"] == completion[0]["role"] == "assistant":
+        return [*prompt, *completion]
+    prefill, said = prompt[-1]["content"], completion[0]["content"]
+    if isinstance(prefill, list) or isinstance(said, list):  # parts
+        prefill, said = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in (prefill, said))
+    return [*prompt[:-1], prompt[-1] | completion[0] | {"content": prefill + said}, *completion[1:]]
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", prompt: list[dict[str, Any]], template: Mapping[str, Any]) -> str:
+    """A conversation that an assistant would answer, or whose last turn it would continue, as text."""
+    from trl import apply_chat_template
+
+    try:
+        return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
+    except Exception as error:  # jinja's, the tokenizer's, or whatever a template raises
+        raise ValueError(f"the chat template cannot render the prompt {prompt!r:.200}: {error}") from error
+
+
 # ---- prompts and completions ----------------------------------------------------------------------------------------
 
 
@@ -72,25 +139,31 @@ def cut_prompt(tokenizer: "PreTrainedTokenizerBase", ids: list[int], max_length:
     return bos + ids[len(ids) - max_length + len(bos) :]
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """A string, or messages that an assistant would answer, as token ids."""
-    from trl import apply_chat_template
-
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """A string, or messages that an assistant would answer, as token ids. `template`: see template_arguments."""
     if isinstance(prompt, str):
         ids = _tokenize(tokenizer, prompt)
         appended = bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
         return ids[:-1] if appended else ids  # a prompt goes on: some tokenizers end every text
-    text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+    text = _render(tokenizer, prompt, template or {})
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], max_length: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    max_length: int | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[int]]:
-    """Prompts as token ids, see cut_prompt. Raises ValueError for one without a single token."""
+    """Prompts as token ids, see cut_prompt. `templates`: of each, its template_arguments.
+
+    Raises ValueError for a prompt without a single token, and for one that the chat template refuses.
+    """
     rows = []
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt)
+    for prompt, template in zip(prompts, templates or [{}] * len(prompts), strict=True):
+        ids = encode_prompt(tokenizer, prompt, template)
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
         rows.append(cut_prompt(tokenizer, ids, max_length))
@@ -126,11 +199,11 @@ def decode_completions(
     )
     written: list[Prompt] = []
     for prompt, text, head, whole in zip(prompts, alone, heads, wholes, strict=True):
-        if not isinstance(prompt, str):
-            written.append([{"role": "assistant", "content": text}])  # a message does not begin with the space
-        else:
-            # A prompt that reads otherwise with what follows it: then the completion by itself.
-            written.append(whole[len(head) :] if whole.startswith(head) else text)
+        # A message does not begin with the space, unless it goes on. A prompt that reads otherwise with what follows
+        # it: then the completion by itself.
+        goes_on = isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+        said = whole[len(head) :] if goes_on and whole.startswith(head) else text
+        written.append(said if isinstance(prompt, str) else [{"role": "assistant", "content": said}])
     return written
 
 
@@ -149,19 +222,26 @@ class Encoded(NamedTuple):
         return Encoded(self.ids[index], self.prompt_lengths[index], self.sample_ids[index])
 
 
-def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], *, max_length: int) -> Encoded:
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[Text],
+    *,
+    max_length: int,
+    template: Mapping[str, Any] | str | None = None,
+) -> Encoded:
     """Texts as token ids, those without a token to score left out, long ones cut at the end; says how many.
 
     Each is a string, {"text": ...}, {"prompt": ..., "completion": ...} (strings or messages), {"messages": [...]} whose
     last one is the assistant's, or a pair (token ids, tokens of the prompt). A token that a prompt's last characters
-    share with the completion belongs to the completion. Raises ValueError where nothing is left, naming why.
+    share with the completion belongs to the completion. A conversation may bring TEMPLATE_COLUMNS,
+    over `template`. Raises ValueError where nothing is left, naming why.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (the first token is not predicted), got {max_length}")
     encoded = Encoded([], [], [])
     cut = 0
     for number, text in enumerate(texts):
-        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number)
+        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number, template)
         if min(ids, default=0) < 0:
             raise ValueError(f"text {number}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
@@ -183,14 +263,14 @@ def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], *,
     return encoded
 
 
-def _encode(tokenizer: Any, text: Any, number: int) -> tuple[list[int], int]:
+def _encode(tokenizer: Any, text: Any, number: int, template: Any) -> tuple[list[int], int]:
     """(ids, tokens of the prompt)."""
     if isinstance(text, str):
         text = {"text": text}
     if isinstance(text.get("text"), str):
         return (_tokenize(tokenizer, text["text"]) if text["text"].strip() else []), 0
     try:
-        return _encode_pair(tokenizer, text)
+        return _encode_pair(tokenizer, text, template)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"text {number} is neither a text, nor a prompt and its completion, nor messages that end with the "
@@ -198,9 +278,10 @@ def _encode(tokenizer: Any, text: Any, number: int) -> tuple[list[int], int]:
         ) from error
 
 
-def _encode_pair(tokenizer: Any, text: dict[str, Any]) -> tuple[list[int], int]:
+def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any) -> tuple[list[int], int]:
     from trl import apply_chat_template, is_conversational
 
+    arguments = template_arguments(text, template)
     if "messages" in text:
         *before, last = text["messages"]
         if last["role"] != "assistant":
@@ -208,8 +289,15 @@ def _encode_pair(tokenizer: Any, text: dict[str, Any]) -> tuple[list[int], int]:
         text = {"prompt": before, "completion": [last]}
     pair, options = {"prompt": text["prompt"], "completion": text["completion"]}, {}
     if is_conversational(pair):
-        pair, options = apply_chat_template(pair, tokenizer), {"add_special_tokens": False}
-    prompt = tokenizer(pair["prompt"], verbose=False, **options)["input_ids"]
-    whole = tokenizer(pair["prompt"] + pair["completion"], verbose=False, **options)["input_ids"]
+        messages = {"messages": join_turns(pair["prompt"], pair["completion"])}
+        prompt_text, whole_text = (
+            _render(tokenizer, pair["prompt"], arguments),
+            apply_chat_template(messages, tokenizer, **arguments)["text"],
+        )
+        options = {"add_special_tokens": False}
+    else:
+        prompt_text, whole_text = pair["prompt"], pair["prompt"] + pair["completion"]
+    prompt = tokenizer(prompt_text, verbose=False, **options)["input_ids"]
+    whole = tokenizer(whole_text, verbose=False, **options)["input_ids"]
     same = [a == b for a, b in zip(prompt, whole, strict=False)]
     return whole, [*same, False].index(False)

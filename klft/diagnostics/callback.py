@@ -29,7 +29,17 @@ from klft.diagnostics.records import TokenKLLog
 from klft.diagnostics.report import write_report
 from klft.generation import sample_completions
 from klft.models import base_of, check_positions, check_vocabularies, max_positions, vocab_size
-from klft.prompts import Encoded, Prompt, encode_prompts, encode_texts, eos_ids, pad, pad_id
+from klft.prompts import (
+    TEMPLATE_COLUMNS,
+    Encoded,
+    Prompt,
+    encode_prompts,
+    encode_texts,
+    eos_ids,
+    pad,
+    pad_id,
+    template_arguments,
+)
 from klft.references import Reference, resolve_reference
 from klft.scoring import score_texts
 from klft.writing import KL_FILES, check_unused, remove_files
@@ -53,6 +63,7 @@ class TokenKLCallback(TrainerCallback):
             None for a policy with a PEFT adapter: then the policy with its adapter off.
         probe_prompts: strings or conversations, which the policy continues greedily, anew each time; or
             {"prompt", "completion"} (and what else `encode_texts` takes as a dictionary), which are scored as they are.
+            A dictionary may have `tools` and `chat_template_kwargs`; those of the training's arguments hold for all.
         max_length: of a probe, in tokens. A prompt that the policy continues keeps its end, a completion its beginning.
         trainer: the numbers go through `Trainer.log`. Without, they go to state.log_history, and into the next logs for
             callbacks that were added after this one: trackers do not see them.
@@ -112,6 +123,9 @@ class TokenKLCallback(TrainerCallback):
             raise ValueError("TokenKLCallback needs the tokenizer: give the Trainer a processing_class")
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._template = getattr(
+            args, "chat_template_kwargs", None
+        )  # the training's, as PPO's and TRL's trainers have it
         self.reference = reference = resolve_reference(self.reference, model)
         self._shared_vocab = min(vocab_size(model), reference.vocab_size)
         check_vocabularies(self._tokenizer, policy=vocab_size(model), reference=reference.vocab_size)
@@ -176,18 +190,25 @@ class TokenKLCallback(TrainerCallback):
 
     def _prepare(self) -> list[int]:
         """Encode the probes once: those with a completion whole, the others as prompts. How long each may become."""
-        given = {i: p for i, p in enumerate(self._probes) if isinstance(p, dict) and set(p) != {"prompt"}}
+        given = {
+            i: p
+            for i, p in enumerate(self._probes)
+            if isinstance(p, dict) and set(p) - {*TEMPLATE_COLUMNS} != {"prompt"}
+        }
         self._fixed = Encoded([], [], [])
         if given:
-            encoded = encode_texts(self._tokenizer, list(given.values()), max_length=self.options["max_length"])
+            encoded = encode_texts(
+                self._tokenizer, list(given.values()), max_length=self.options["max_length"], template=self._template
+            )
             self._fixed = encoded._replace(sample_ids=[list(given)[i] for i in encoded.sample_ids])
-        open_ended = {
-            i: p["prompt"] if isinstance(p, dict) else p for i, p in enumerate(self._probes) if i not in given
+        open_ended: dict[int, Any] = {
+            i: p if isinstance(p, dict) else {"prompt": p} for i, p in enumerate(self._probes) if i not in given
         }
+        prompts = [row["prompt"] for row in open_ended.values()]
+        templates = [template_arguments(row, self._template) for row in open_ended.values()]
         keep = self.options["max_length"] - self.max_new_tokens
-        self._prompts = dict(
-            zip(open_ended, encode_prompts(self._tokenizer, list(open_ended.values()), keep), strict=True)
-        )
+        encoded = encode_prompts(self._tokenizer, prompts, keep, templates)
+        self._prompts = dict(zip(open_ended, encoded, strict=True))
         return [*map(len, self._fixed.ids), *(len(prompt) + self.max_new_tokens for prompt in self._prompts.values())]
 
     def _measure(

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from klft.models import LOADING_INFO, check_loading, check_tokenizers, require_causal_lm
-from klft.prompts import Text
+from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import AdapterReference, FrozenReference, Reference
 
 if TYPE_CHECKING:
@@ -246,15 +246,17 @@ def read_texts(
         if columns is None:
             wanted = ", or ".join(" and ".join(map(repr, each)) for each in choices)
             raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. Name one with `column`")
-        rows = rows.select_columns(list(columns)).select(range(min(max_texts or len(rows), len(rows))))
-        texts = list(rows) if len(columns) > 1 else [_cell(value) for value in rows[columns[0]]]
+        more = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
+        rows = rows.select_columns([*columns, *more]).select(range(min(max_texts or len(rows), len(rows))))
+        texts = list(rows) if len(columns) > 1 else [_cell(row, columns[0]) for row in rows]
     if not texts:
         raise ValueError(f"{name} is empty: there is no text in it")
     return texts
 
 
-def _cell(value: Any) -> Any:
-    return {"messages": value} if isinstance(value, list) else "" if value is None else str(value)
+def _cell(row: dict[str, Any], column: str) -> Any:
+    value = row.pop(column)
+    return {"messages": value} | row if isinstance(value, list) else "" if value is None else str(value)
 
 
 def _lines(path: Path) -> list[str]:

@@ -21,7 +21,15 @@ from klft.ppo.reward_loop import RewardLoop
 from klft.ppo.rewards import RewardFunction, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
-from klft.prompts import cut_prompt, decode_completions, encode_prompts, eos_ids, pad, pad_id
+from klft.prompts import (
+    cut_prompt,
+    decode_completions,
+    encode_prompts,
+    eos_ids,
+    pad,
+    pad_id,
+    template_arguments,
+)
 from klft.scoring import Scorer
 from klft.shaping import finish_scores, weigh_scores
 
@@ -101,10 +109,13 @@ class RolloutCollector:
         )  # fmt: skip
         return rollout, stats, table
 
+    def _templates(self, rows: list[dict]) -> list[dict[str, Any]]:
+        return [template_arguments(row, self.args.chat_template_kwargs) for row in rows]
+
     def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list, dict]:
         """(completions, terminated [B], completions as the reward functions see them, which prompts were cut)."""
         prompts, device, tokenizer = [row["prompt"] for row in rows], self.accelerator.device, self.tokenizer
-        whole, limit = encode_prompts(tokenizer, prompts), self.args.max_prompt_length
+        whole, limit = encode_prompts(tokenizer, prompts, None, self._templates(rows)), self.args.max_prompt_length
         kept = [cut_prompt(tokenizer, row, limit) for row in whole]
         ids, mask = pad(kept, pad_id(tokenizer))
         policy = self.accelerator.unwrap_model(model)
@@ -131,7 +142,7 @@ class RolloutCollector:
     ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
         return score_completions_by(
             self.reward_funcs, self.accelerator, rows, completions, texts, trainer_state=trainer_state, loop=self.loop,
-            known=cut,
+            known=cut, templates=self._templates(rows),
         )  # fmt: skip
 
     def _total_scores(self, by_function: Tensor, terminated: Tensor, state: PPOState, learn: bool) -> Tensor:

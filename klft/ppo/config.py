@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TrainingArguments
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, TargetKL
 from klft.estimators import DIRECTIONS
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, check_combination, effective_placement
+from klft.prompts import why_no_template_kwargs
 from klft.references import Reference
 from klft.scoring import SHARDINGS
 
@@ -109,6 +110,7 @@ VALIDATORS: dict[str, Validator] = {
     "top_p": number(above=0, most=1),
     "top_k": number(whole=True),
     "generation_kwargs": generation_settings,
+    "chat_template_kwargs": why_no_template_kwargs,
     "kl_coef": number(),
     "kl_estimator": choice(*ESTIMATES),
     "kl_direction": choice(*DIRECTIONS),
@@ -200,6 +202,10 @@ class PPOConfig(TrainingArguments):
     top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest; 0 = all. Above 0: off-policy."})
     generation_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More GenerationConfig fields, as a dict or JSON."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the chat template, as a dict or JSON; a column of that name goes over them."},
     )
     kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty (its start if adaptive)."})
     kl_estimator: str = field(

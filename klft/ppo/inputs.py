@@ -27,7 +27,8 @@ from klft.models import (
 )
 from klft.ppo import value as value_function
 from klft.ppo.config import PPOConfig
-from klft.prompts import encode_prompts
+from klft.ppo.rewards import RewardModel
+from klft.prompts import TEMPLATE_COLUMNS, encode_prompts, template_arguments
 from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference, why_base_moves
 
 logger = logging.get_logger(__name__)
@@ -213,6 +214,51 @@ def attach_value_function(policy: Any, value_model: Any) -> None:
     value_function.install_hooks(policy)
 
 
+def _why_no_prompt(prompt: Any) -> str | None:
+    """Why this is neither text nor messages, to follow its number; None where it is, or is empty."""
+    if not prompt or isinstance(prompt, str):
+        return None
+    wanted = "must be text, or messages with a role and a content"
+    if not isinstance(prompt, list):
+        return wanted
+    if all(isinstance(token, int) for token in prompt):
+        return f"{wanted}, not token ids: decode them (the trainer's tokenizer encodes prompts itself)"
+    if all(isinstance(text, str) for text in prompt):
+        return f"{wanted}, not a list of texts: give each a row of its own"
+    if not all(isinstance(m, dict) and m.get("role") and "content" in m for m in prompt):
+        return wanted
+    if prompt[-1]["role"] not in ("user", "tool", "assistant"):
+        return (
+            f"ends with a message of {prompt[-1]['role']!r}: an assistant answers a user or tool, or continues its own"
+        )
+    return None
+
+
+def prompt_rows(dataset: Dataset) -> Dataset:
+    """The columns that make a prompt's tokens."""
+    return dataset.select_columns([c for c in ("prompt", *TEMPLATE_COLUMNS) if c in dataset.column_names])
+
+
+def check_templates(dataset: Dataset, name: str, args: PPOConfig, tokenizer: Any, judges: Sequence[Any]) -> None:
+    """Raise ValueError where a conversation could not be rendered, for the policy or for a reward model."""
+    if set(TEMPLATE_COLUMNS) & set(dataset.column_names):
+        for row in prompt_rows(dataset):
+            template_arguments(row, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]
+    if all(isinstance(prompt, str) for prompt in dataset["prompt"]):
+        return
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} has conversations, and the policy's tokenizer has no chat template: set tokenizer.chat_template, "
+            "take a model that has one, or make the prompts texts"
+        )
+    for judge in judges:
+        if isinstance(judge, RewardModel) and judge.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{name} has conversations, and the tokenizer of reward model {judge.__name__!r} has no chat template: "
+                "give RewardModel(..., tokenizer=...) one, or take a reward function of your own"
+            )
+
+
 def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     """Check for a `prompt` column and enough rows; drop empty prompts and say how many.
 
@@ -225,9 +271,9 @@ def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     clash = {"prompts", "completions", "completion_ids"} & set(dataset.column_names)
     if clash:
         raise ValueError(f"{name}: rename the column(s) {sorted(clash)}; reward functions get the sampled ones")
-    strange = next((i for i, p in enumerate(dataset["prompt"]) if p and not isinstance(p, (str, list))), None)
+    strange = next(((i, why) for i, p in enumerate(dataset["prompt"]) if (why := _why_no_prompt(p))), None)
     if strange is not None:
-        raise ValueError(f"{name}: prompt {strange} must be text or messages, got {dataset['prompt'][strange]!r}")
+        raise ValueError(f"{name}: prompt {strange[0]} {strange[1]}, got {dataset['prompt'][strange[0]]!r:.120}")
     filled = [i for i, p in enumerate(dataset["prompt"]) if p and not (isinstance(p, str) and p.isspace())]
     if len(filled) < len(dataset):
         logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
@@ -253,8 +299,18 @@ def check_lengths(
     if args.max_prompt_length is not None and args.max_prompt_length <= left:
         return
     # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
-    prompts = [p for d in datasets for p in d["prompt"] if not isinstance(p, str) or len(p.encode()) + 8 > left]
-    longest = max((len(ids) for ids in encode_prompts(tokenizer, prompts, args.max_prompt_length)), default=0)
+    rows: list[Any] = [
+        row
+        for dataset in datasets
+        for row in prompt_rows(dataset)
+        if not isinstance(row["prompt"], str) or len(row["prompt"].encode()) + 8 > left  # pyright: ignore
+    ]
+    prompts, templates = (
+        [row["prompt"] for row in rows],
+        [template_arguments(r, args.chat_template_kwargs) for r in rows],
+    )
+    encoded = encode_prompts(tokenizer, prompts, args.max_prompt_length, templates)
+    longest = max(map(len, encoded), default=0)
     if longest > left:
         raise ValueError(
             f"prompts of up to {longest} tokens and max_completion_length = {args.max_completion_length} make "
@@ -263,14 +319,19 @@ def check_lengths(
         )
 
 
-def check_datasets(train: Any, evaluation: Any, per_rollout: int) -> tuple[Any, Any]:
-    """Both datasets checked; the evaluation's may be a dictionary of several."""
+def check_datasets(
+    train: Any, evaluation: Any, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, judges: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Both datasets checked; the evaluation's may be a dictionary of several. judges: the reward functions."""
     if train is not None:
-        train = check_dataset(train, "train_dataset", per_rollout)
+        train = check_dataset(train, "train_dataset", args.episodes_per_rollout)
     if isinstance(evaluation, dict):
         evaluation = {name: check_dataset(d, f"eval_dataset[{name!r}]", 1) for name, d in evaluation.items()}
     elif evaluation is not None:
         evaluation = check_dataset(evaluation, "eval_dataset", 1)
+    for name, datasets in {"train_dataset": listed(train, None), "eval_dataset": listed(None, evaluation)}.items():
+        for dataset in datasets:
+            check_templates(dataset, name, args, tokenizer, judges)
     return train, evaluation
 
 

@@ -24,6 +24,7 @@ from klft.generation import Completions
 from klft.models import LOADING_INFO, check_loading, evaluating, max_positions, position_offset
 from klft.ppo.guards import on_all_ranks
 from klft.ppo.reward_loop import RewardLoop
+from klft.prompts import join_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +92,11 @@ class RewardModel:
         """Move the model to a device."""
         self.model.to(device)
 
-    def __call__(self, prompts: list, completions: list, **_: Any) -> list[float]:
-        texts = [_whole_text(p, c, self.tokenizer) for p, c in zip(prompts, completions, strict=True)]
+    def __call__(
+        self, prompts: list, completions: list, *, template_arguments: list[dict] | None = None, **_: Any
+    ) -> list[float]:
+        templates = template_arguments or [{}] * len(prompts)
+        texts = [_whole_text(p, c, self.tokenizer, t) for p, c, t in zip(prompts, completions, templates, strict=True)]
         rewards: list[float] = []
         with evaluating(self.model):
             for start in range(0, len(texts), self.batch_size):
@@ -141,10 +145,11 @@ def _padding(tokenizer: Any, model: Any) -> Any:
     return tokenizer
 
 
-def _whole_text(prompt: Any, completion: Any, tokenizer: Any) -> str:
+def _whole_text(prompt: Any, completion: Any, tokenizer: Any, template: dict[str, Any] | None = None) -> str:
     if isinstance(prompt, str):
         return prompt + completion
-    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    arguments = {name: value for name, value in (template or {}).items() if name != "chat_template"}  # the policy's
+    return tokenizer.apply_chat_template(join_turns(prompt, completion), tokenize=False, **arguments)
 
 
 def as_reward_functions(reward_funcs: RewardFunctions) -> list[RewardFunction]:
@@ -211,10 +216,12 @@ def score_completions_by(
     trainer_state: Any,
     loop: RewardLoop | None = None,
     known: dict[str, list[float]] | None = None,
+    templates: list[dict[str, Any]] | None = None,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
 
-    `known`: numbers of this process's prompts that are logged with them. The metrics are those of all processes. An
+    `known`: numbers of this process's prompts that are logged with them. `templates`: each prompt's template_arguments,
+    for the reward models. The metrics are those of all processes. An
     error on one rank ends all ranks with it.
     """
     dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -229,6 +236,7 @@ def score_completions_by(
             texts,
             ids,
             dataset_columns,
+            templates,
             loop=loop,
             trainer_state=trainer_state,
             log_metric=lambda name, value: local.setdefault(name, []).append(float(value)),
@@ -249,6 +257,7 @@ def call_reward_functions(
     completions: list,
     completion_ids: list,
     columns: dict,
+    templates: list[dict[str, Any]] | None = None,
     *,
     loop: RewardLoop | None = None,
     **extra: Any,
@@ -258,7 +267,8 @@ def call_reward_functions(
     Async functions run together, in `loop`; without one, in a loop of this call's own.
     """
     given = {**columns, **extra, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    results = [f(**given) for f in functions]
+    of_models = given | {"template_arguments": templates}
+    results = [f(**(of_models if isinstance(f, RewardModel) else given)) for f in functions]
     waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
     if waiting:
         for i, r in zip(waiting, (loop or RewardLoop()).results(list(waiting.values())), strict=True):

@@ -92,8 +92,8 @@ class PPOTrainer(Trainer):
         model = given.load_policy(model, args.model_options)
         tokenizer = given.load_tokenizer(processing_class, model)
         self._starts_equal = False if reference is not None else None if hasattr(model, "peft_config") else True
-        self.reward_funcs = as_reward_functions(reward_funcs)
-        train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args.episodes_per_rollout)
+        self.reward_funcs = reward_funcs = as_reward_functions(reward_funcs)
+        train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args, tokenizer, reward_funcs)
         model, reference = given.build_policy_and_reference(
             model, reference, value_model, peft_config, tokenizer, reward_models(self.reward_funcs)
         )

@@ -49,7 +49,7 @@ DEFAULTS = {
 # Beyond the documented list, and the Trainer's own whose default is another here.
 MORE = {
     "normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0,
-    "model_init_kwargs": None, "self_test": True, "overwrite_output_dir": False,
+    "model_init_kwargs": None, "self_test": True, "overwrite_output_dir": False, "chat_template_kwargs": None,
 }  # fmt: skip
 CHANGED = {
     "learning_rate": 3e-6,
