@@ -63,7 +63,9 @@ def check_left_padding(model: nn.Module, role: str = "model") -> None:
     Two small forwards, once per class: three tokens alone, and the same three after padding.
     """
     kind = type(base_of(model))
-    if kind in _ignoring_padding:
+    # A prompt that is learnt stands before the padding.
+    learnt = [c for c in getattr(model, "peft_config", {}).values() if c.is_prompt_learning]
+    if kind in _ignoring_padding and not learnt:
         return
     device, rows = next(model.parameters()).device, vocab_size(model)
     tokens = torch.tensor([5, 7, 6], device=device) % rows
@@ -79,7 +81,8 @@ def check_left_padding(model: nn.Module, role: str = "model") -> None:
             f"after left padding (KL {off:.1e} nats). Score texts of equal length, without padding, or use a model "
             "that reads the attention mask and position_ids"
         )
-    _ignoring_padding.add(kind)
+    if not learnt:
+        _ignoring_padding.add(kind)
 
 
 def require_causal_lm(model: nn.Module, role: str) -> None:

@@ -121,7 +121,9 @@ class RolloutCollector:
         policy = self.accelerator.unwrap_model(model)
         config = self.args.generation_config(eos_ids(policy, tokenizer), pad_id(tokenizer))
         vocab_size = self.scorer.shared_vocab(policy)
-        completions, terminated = sample_completions(policy, ids.to(device), mask.to(device), config, vocab_size)
+        completions, terminated = sample_completions(
+            policy, ids.to(device), mask.to(device), config, vocab_size, tokenizer
+        )
         texts = decode_completions(tokenizer, prompts, **vars(completions))
         cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
         return completions, terminated, texts, cut

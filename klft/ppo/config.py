@@ -94,6 +94,8 @@ def _unfit_for_generation(name: str) -> str | None:
         return f"{name} is max_completion_length here"
     if name in ("do_sample", "num_beams", "num_return_sequences", "eos_token_id", "pad_token_id"):
         return f"{name} cannot be changed: PPO samples one completion per prompt, until a known end"
+    if name == "return_dict_in_generate" or name.startswith("output_"):
+        return f"{name} changes what generate returns: PPO takes the tokens, and scores them itself"
     return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
 
 

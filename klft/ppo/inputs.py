@@ -26,6 +26,7 @@ from klft.models import (
     vocab_size,
 )
 from klft.ppo import value as value_function
+from klft.ppo.adapters import attach_adapter, check_method
 from klft.ppo.config import PPOConfig
 from klft.ppo.rewards import RewardModel
 from klft.prompts import TEMPLATE_COLUMNS, encode_prompts, template_arguments
@@ -136,9 +137,18 @@ def check_nothing_shared(
             check_no_shared_storage(judge, value_model, role=f"reward model {name!r}", trained_role="value model")
 
 
-def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the model's own. Without a pad token EOS pads: masks come from lengths, never from it."""
-    tokenizer = processing_class or AutoTokenizer.from_pretrained(base_of(model).config._name_or_path)
+def load_tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer given (a processor has one), or the model's own. Raises TypeError for what is none.
+
+    Without a pad token EOS pads: masks come from lengths, never from it.
+    """
+    given = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path) if given is None else given
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(
+            f"processing_class: expected a tokenizer, or a processor that has one, got {type(tokenizer).__name__}. "
+            "Of a name: AutoTokenizer.from_pretrained(name)"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no completion could ever end; set tokenizer.eos_token")
     if tokenizer.pad_token_id is None:
@@ -154,6 +164,7 @@ def build_policy_and_reference(
     The reference given (a model is frozen); by default the policy with its adapter off, or a frozen copy of it as it is
     now. Refuses one that would move with the policy, or speaks about another vocabulary.
     """
+    check_method(model, peft_config)
     peft, another = peft_config is not None or hasattr(model, "peft_config"), reference is not None
     moves = None if peft_config is None else why_base_moves(peft_config)
     if reference is None and (moves or not peft):
@@ -167,7 +178,9 @@ def build_policy_and_reference(
     if another and resolved is not None:
         check_reference_tokenizer(tokenizer, resolved)
     check_nothing_shared(model, value_model, resolved, judges)
-    policy = model if peft_config is None else attach_adapter(model, peft_config)
+    policy = model
+    if peft_config is not None:
+        policy = attach_adapter(model, peft_config, is_reference=resolved is None)
     if resolved is None:
         resolved = AdapterReference(policy)
         resolved.check_independent(policy)
@@ -196,13 +209,6 @@ def require_readable_head(reference: Reference) -> None:
             f"kl_estimator='exact' takes its loss without logits, and the reference's head cannot be read: {error}. "
             "kl_estimator='k1' needs no head of the reference"
         ) from error
-
-
-def attach_adapter(model: Any, peft_config: Any) -> Any:
-    """The model with a new adapter. The value function comes after it: it is none of the adapter's modules."""
-    from peft import get_peft_model
-
-    return get_peft_model(model, peft_config)
 
 
 def attach_value_function(policy: Any, value_model: Any) -> None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from klft.generation import Completions
 from klft.models import LOADING_INFO, check_loading, evaluating, max_positions, position_offset
@@ -28,6 +29,8 @@ from klft.prompts import join_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[..., Any]
 """f(prompts, completions, completion_ids, **columns) -> one number per completion, or an awaitable of that."""
@@ -240,7 +243,7 @@ def score_completions_by(
             loop=loop,
             trainer_state=trainer_state,
             log_metric=lambda name, value: local.setdefault(name, []).append(float(value)),
-            log_extra=lambda name, values: columns.update({name: list(values)}),
+            log_extra=lambda name, values: _keep_column(columns, name, list(values), len(rows)),
         )
 
     scores = on_all_ranks(accelerator, call)
@@ -249,6 +252,17 @@ def score_completions_by(
         for name, values in of_rank.items():
             logged.setdefault(name, []).extend(values)
     return scores.to(accelerator.device), columns, logged
+
+
+def _keep_column(columns: dict[str, list], name: str, values: list, rows: int) -> None:
+    """A column of the table of completions; one of another length is left out, and training goes on."""
+    if len(values) == rows:
+        columns[name] = values
+    else:
+        logger.warning_once(
+            f"log_extra({name!r}, ...): {len(values)} value(s) for {rows} completions, so the column is left out of "
+            "the table of completions: give one value per completion"
+        )
 
 
 def call_reward_functions(

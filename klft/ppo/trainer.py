@@ -24,6 +24,7 @@ from klft.models import disable_dropout, quiet
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
 from klft.ppo import value as value_function
+from klft.ppo.adapters import require_readable_policy_head
 from klft.ppo.collector import RolloutCollector
 from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
@@ -104,7 +105,7 @@ class PPOTrainer(Trainer):
         self.penalty = args.penalty(reference)
         self.scorer = Scorer(reference, temperature=args.temperature, shard_vocab=args.kl_shard_vocab)
         # A head that cannot be read is refused before anything is trained: the policy's, and for an exact loss both.
-        self.scorer.policy_head(model)
+        require_readable_policy_head(self.scorer, model)
         self._exact_loss = args.kl_estimator == "exact" and self.penalty.placement != "reward"
         if self._exact_loss:
             given.require_readable_head(reference)

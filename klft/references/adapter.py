@@ -21,6 +21,8 @@ KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 def why_base_moves(config: "PeftConfig") -> str | None:
     """Why a model with its adapter off would not be, or not stay, the base model; None where it is."""
+    if getattr(config, "layer_replication", None):
+        return "layer_replication repeats layers of the base model"
     initial = getattr(config, "init_lora_weights", True)
     if initial not in KEEPING_THE_BASE:
         return f"init_lora_weights={initial!r} rewrites the base weights"
