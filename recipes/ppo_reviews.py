@@ -4,7 +4,8 @@
 
 Everything it needs is made on the spot and cached (recipes/reviews.py). With your own:
 
-    --model_name_or_path any/causal-lm  --dataset_name any/dataset-or-file.jsonl (a `prompt` column)
+    --model_name_or_path any/causal-lm  --dataset_name any/dataset, or a file (.jsonl .csv .parquet: a
+    `prompt` column; .txt: one prompt per line)
     --reward any/reward-model [--reward_label positive]  or  --reward module:function  --use_peft
 Prints the KL table by step, and what both models say. Last time, on two CPU cores and two processes: see README.md.
 """
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from reviews import ensure_world
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from klft import PPOConfig, PPOTrainer
 from klft.arguments import one_line_errors, parse_arguments
+from klft.diagnostics.loading import read_prompts
 from klft.ppo import RewardModel, check_output_dir
 
 TABLE_ROWS = 14
@@ -39,24 +40,6 @@ class RecipeArguments(ScriptArguments):
     processes: int | None = field(default=None, metadata={"help": "Stop unless this many processes run."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
     smoke: bool = field(default=False, metadata={"help": "Two short rollouts: does it run?"})
-
-
-def load_prompts(script: RecipeArguments, world: Path) -> tuple[Any, Any]:
-    """(train, evaluation) prompts: a dataset by name, a local JSON file, or the reviews' (which have both)."""
-    name = script.dataset_name
-    try:
-        if not name:
-            train = load_dataset("json", data_files=str(world / "prompts_train.jsonl"), split="train")
-        elif name.endswith((".json", ".jsonl")):
-            train = load_dataset("json", data_files=name, split="train")
-        else:
-            train = load_dataset(name, script.dataset_config, split=script.dataset_train_split)
-    except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
-        raise ValueError(f"--dataset_name {name}: {error.__cause__ or error or type(error).__name__}") from error
-
-    if name:
-        return train, None
-    return train, load_dataset("json", data_files=str(world / "prompts_test.jsonl"), split="train")
 
 
 def load_reward(script: RecipeArguments, world: Path) -> Any:
@@ -79,13 +62,21 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
     # The trainer looks at output_dir only when it trains; an error is worth more before the models are loaded.
     check_output_dir(args)
 
+    # So are prompts that cannot be read: a file (.txt, .csv, .jsonl, .parquet ...) or a dataset by name.
+    train_prompts, evaluation_prompts = None, None
+    if script.dataset_name:
+        split, config = script.dataset_train_split, script.dataset_config
+        train_prompts = read_prompts(script.dataset_name, split=split, config=config)
+
     # The reviews' world is built (once) unless model, prompts and reward all come from elsewhere.
     all_given = model_args.model_name_or_path and script.dataset_name and script.reward
     world = Path() if all_given else ensure_world()
     name = model_args.model_name_or_path or str(world / "reference")
     source = {"revision": model_args.model_revision, "trust_remote_code": script.trust_remote_code}
 
-    train_prompts, evaluation_prompts = load_prompts(script, world)
+    if train_prompts is None:  # the reviews have both
+        train_prompts = read_prompts(str(world / "prompts_train.jsonl"))
+        evaluation_prompts = read_prompts(str(world / "prompts_test.jsonl"))
     # There is no reference among the arguments: PPOTrainer keeps a frozen copy of the model, or with --use_peft
     # switches the adapter off.
     return PPOTrainer(

@@ -1,7 +1,7 @@
 """Loading models and texts of a comparison by name or file, with errors that say what to do.
 
-`load_models` and `read_texts` serve the command line and recipes/measure_kl.py. A repository's own code runs only where
-the caller says so, and never the reference's; weights are read from safetensors.
+`load_models`, `read_texts` and `read_prompts` serve the command line and the recipes. A repository's own code runs only
+where the caller says so, and never the reference's; weights are read from safetensors.
 """
 
 import csv
@@ -25,6 +25,7 @@ from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import AdapterReference, FrozenReference, Reference
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -238,7 +239,7 @@ def read_texts(
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"max_texts must be at least 1, got {max_texts}")
     path = Path(name)
-    if path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in BUILDERS):
+    if _has_lines(path):
         texts: list[Any] = _lines(path)[:max_texts]
     else:
         rows, choices = _rows(path, name, split), [(column,)] if column else COLUMNS
@@ -252,6 +253,26 @@ def read_texts(
     if not texts:
         raise ValueError(f"{name} is empty: there is no text in it")
     return texts
+
+
+def read_prompts(name: str, *, split: str = "train", config: str | None = None) -> "Dataset":
+    """The prompts of a file or a dataset, as a datasets.Dataset with a `prompt` column; the other columns with it.
+
+    A .txt file has one prompt per line. Kinds of files and ValueErrors as for read_texts; `config` is a dataset's.
+    """
+    from datasets import Dataset
+
+    path = Path(name)
+    rows = Dataset.from_dict({"prompt": _lines(path)}) if _has_lines(path) else _rows(path, name, split, config)
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{name} has no column 'prompt'; it has {rows.column_names}")
+    if not len(rows):
+        raise ValueError(f"{name} is empty: there is no prompt in it")
+    return rows
+
+
+def _has_lines(path: Path) -> bool:
+    return path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in BUILDERS)
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:
@@ -296,7 +317,7 @@ def _csv(path: Path) -> Any:
     return Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in reader.fieldnames or ()})
 
 
-def _rows(path: Path, name: str, split: str) -> Any:
+def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
     """A datasets.Dataset. Of a local file nothing stays in a cache."""
     from datasets import load_dataset
 
@@ -306,7 +327,7 @@ def _rows(path: Path, name: str, split: str) -> Any:
     try:
         if not path.is_file():
             with _cache_alone(name):
-                return load_dataset(name, split=split)
+                return load_dataset(name, config, split=split)
         if suffix == ".csv":
             return _csv(path)
         with TemporaryDirectory() as cache:

@@ -121,6 +121,7 @@ def test_one_line_and_exit_code_two(capsys, monkeypatch):
         (["--processes", "2"], "asked for 2 process(es), got 1"),
         (["--processes", "1", "--kl_estimator", "k9"], "kl_estimator must be one of"),
         (["--processes", "1", "--resume_from_checkpoint", "true"], "there is no complete checkpoint"),
+        (["--processes", "1", "--dataset_name", "{data}.csv"], "prompts.jsonl.csv: there is no such file"),
         (
             [
                 "--processes",

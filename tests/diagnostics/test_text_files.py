@@ -1,8 +1,11 @@
 """Files of texts: kinds by suffix whatever its case, names that look like patterns, cells that stay text."""
 
-import pytest
+import json
 
-from klft.diagnostics.loading import read_texts
+import pytest
+from datasets import Dataset
+
+from klft.diagnostics.loading import read_prompts, read_texts
 
 LINE = '{"text": "the cat sat"}\n'
 
@@ -35,3 +38,43 @@ def test_a_csv_without_rows(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
     with pytest.raises(ValueError, match="is empty"):
         read_texts(str(tmp_path / "a.csv"))
+
+
+# ---- prompts, as PPO's recipe takes them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.csv", "a.CSV", "a.parquet", "p[1].csv"]
+)
+def test_prompts_of_a_file(name, tmp_path):
+    suffix = name.lower().rsplit(".", 1)[1]
+    rows = {"prompt": ["007", "the cat"], "product": ["1e5", "NA"]}
+    if suffix == "csv":
+        (tmp_path / name).write_text("prompt,product\n007,1e5\nthe cat,NA\n")
+    elif suffix == "parquet":
+        Dataset.from_dict(rows).to_parquet(tmp_path / name)
+    else:
+        lines = [json.dumps({"prompt": p, "product": q}) for p, q in zip(*rows.values(), strict=True)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    found = read_prompts(str(tmp_path / name))
+    assert found.to_dict() == rows
+
+
+def test_prompts_of_a_text_file(tmp_path):
+    (tmp_path / "a.TXT").write_text("the cat\n007\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "a.TXT")).to_dict() == {"prompt": ["the cat", "007"]}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("missing.csv", None, "missing.csv.*no such file"), ("missing.txt", None, "missing.txt.*No such file"),
+    ("a.csv", "text,more\nthe cat,1\n", r"a.csv has no column 'prompt'; it has \['text', 'more'\]"),
+    ("a.jsonl", '{"text": "the cat"}\n', r"a.jsonl has no column 'prompt'; it has \['text'\]"),
+    ("a.jsonl", "", "a.jsonl"), ("a.csv", "prompt\n", "a.csv is empty"), ("a.txt", "", "a.txt is empty"),
+    ("a.parquet", "no parquet", "a.parquet"),
+])  # fmt: skip
+def test_files_without_prompts_are_named(name, content, said, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said) as error:
+        read_prompts(str(tmp_path / name))
+    assert "\n" not in str(error.value)
