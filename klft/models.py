@@ -55,34 +55,76 @@ def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, k
 
 
 _ignoring_padding: set[type] = set()  # classes whose logits left padding was seen not to change
+_causal: set[type] = set()  # classes whose logits were seen not to depend on what follows
+
+
+def _probe_kl(model: nn.Module, ids: Tensor, attention: Tensor, kept: slice) -> tuple[float, float]:
+    """(KL between the first row's real tokens alone and `kept` of the second forward, what rounding may give)."""
+    alone = ids[:, kept]
+    with evaluating(model), torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
+        plain = model(**causal_inputs(model, alone, torch.ones_like(alone))).logits
+        other = model(**causal_inputs(model, ids, attention)).logits[:, kept]
+    exact = plain.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    return float(reverse_kl(other, plain).max()), 1e-5 if exact else 1e-2
+
+
+def _probe_tokens(model: nn.Module, count: int) -> Tensor:
+    """Ids [1, count], all over the vocabulary; fewer where the model has not so many positions."""
+    size = vocab_size(model)
+    ids = (torch.arange(min(count, max_positions(model) or count)) * 7 + 5) % size
+    return ids[None].to(next(model.parameters()).device)
 
 
 def check_left_padding(model: nn.Module, role: str = "model") -> None:
-    """Raise TypeError for a model whose logits left padding changes: recurrent ones, and positions by column.
+    """Raise TypeError for a model whose logits left padding changes: recurrent ones, positions or windows by column.
 
-    Two small forwards, once per class: three tokens alone, and the same three after padding.
+    Two small forwards, once per class: tokens alone, and the same after padding. There are more of them than the
+    windows are long that models compress (4), and no window divides the padding.
     """
     kind = type(base_of(model))
     # A prompt that is learnt stands before the padding.
     learnt = [c for c in getattr(model, "peft_config", {}).values() if c.is_prompt_learning]
     if kind in _ignoring_padding and not learnt:
         return
-    device, rows = next(model.parameters()).device, vocab_size(model)
-    tokens = torch.tensor([5, 7, 6], device=device) % rows
-    alone, padded = tokens[None], torch.cat([tokens.new_zeros(6), tokens])[None]
-    mask = (torch.arange(9, device=device) >= 6).long()[None]
-    with evaluating(model):
-        plain = model(**causal_inputs(model, alone, torch.ones_like(alone), 3)).logits[:, -3:]
-        after = model(**causal_inputs(model, padded, mask, 3)).logits[:, -3:]
-    off = float(reverse_kl(after, plain).max())
-    if not off < (1e-5 if plain.dtype in (torch.float32, torch.float64) else 1e-2):
+    ids, padding = _probe_tokens(model, 23), 7
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= padding).long()[None]
+    off, rounding = _probe_kl(model, ids * mask, mask, slice(padding, None))
+    if not off < rounding:
         raise TypeError(
-            f"{role}: {kind.__name__} does not leave padding out: the same three tokens have other probabilities "
+            f"{role}: {kind.__name__} does not leave padding out: the same tokens have other probabilities "
             f"after left padding (KL {off:.1e} nats). Score texts of equal length, without padding, or use a model "
             "that reads the attention mask and position_ids"
         )
     if not learnt:
         _ignoring_padding.add(kind)
+
+
+def check_causal(model: nn.Module, role: str = "model") -> None:
+    """Raise TypeError for a model whose logits depend on later tokens: it gives no probability of a next token.
+
+    Two small forwards, once per class: tokens alone, and the same with others behind them.
+    """
+    kind = type(base_of(model))
+    if kind in _causal:
+        return
+    ids = _probe_tokens(model, 9)
+    off, rounding = _probe_kl(model, ids, torch.ones_like(ids), slice(-3))
+    if not off < rounding:
+        raise TypeError(
+            f"{role}: {kind.__name__} sees what follows: the same tokens have other probabilities where a text goes on "
+            f"(KL {off:.1e} nats), so it has none of a next token. Use a causal language model"
+        )
+    _causal.add(kind)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weights are packed: a quantisation config, integers, or torch.ao's weights behind a method."""
+    base = base_of(model)
+    return (
+        bool(getattr(base, "is_quantized", False))
+        or any(not p.is_floating_point() for p in base.parameters())
+        or any(callable(getattr(type(m), "weight", None)) for m in base.modules())
+    )
 
 
 def require_causal_lm(model: nn.Module, role: str) -> None:

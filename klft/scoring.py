@@ -28,6 +28,7 @@ from klft.models import (
     VocabularyCut,
     base_of,
     causal_inputs,
+    check_causal,
     check_positions,
     check_vocabularies,
     evaluating,
@@ -268,6 +269,7 @@ def score_texts(
     encoded = texts if isinstance(texts, Encoded) else encode_texts(tokenizer, texts, max_length=max_length)
     longest = max(map(len, encoded.ids), default=0)
     check_positions(longest, model=max_positions(model), reference=reference.max_positions)
+    check_causal(model)
     scorer = Scorer(reference, temperature=temperature, top_k=top_k)
     return _score_batches(scorer, model, encoded, pad_with=pad_id(tokenizer), batch_size=batch_size)
 

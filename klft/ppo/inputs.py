@@ -17,6 +17,8 @@ from transformers.utils import logging
 from klft.models import (
     LOADING_INFO,
     base_of,
+    check_causal,
+    check_left_padding,
     check_loading,
     check_no_shared_storage,
     check_tokenizers,
@@ -162,8 +164,11 @@ def build_policy_and_reference(
     """(policy with its value function and adapter, checked reference). judges: the reward models, by name.
 
     The reference given (a model is frozen); by default the policy with its adapter off, or a frozen copy of it as it is
-    now. Refuses one that would move with the policy, or speaks about another vocabulary.
+    now. Refuses one that would move with the policy, or speaks about another vocabulary, and a policy that sees what
+    follows or reads padding: prompts are padded on the left.
     """
+    check_causal(model)
+    check_left_padding(model)
     check_method(model, peft_config)
     peft, another = peft_config is not None or hasattr(model, "peft_config"), reference is not None
     moves = None if peft_config is None else why_base_moves(peft_config)

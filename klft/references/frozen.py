@@ -16,6 +16,7 @@ from klft.heads import LMHead
 from klft.models import (
     base_of,
     causal_inputs,
+    check_causal,
     check_left_padding,
     check_no_shared_storage,
     hidden_states,
@@ -102,7 +103,11 @@ class ModelReference:
         raise NotImplementedError
 
     def _check_padding(self, attention_mask: Tensor) -> None:
-        """Before the first rows with left padding (over processes: before any, so that all take part)."""
+        """Before any row that it is causal; before the first with left padding that it leaves that out.
+
+        Over processes both before any row, so that all take part.
+        """
+        check_causal(self.model, "reference")
         if self._padding_checked:
             return
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
