@@ -186,7 +186,8 @@ def _probe(base: Any, layer: Any, candidates: list) -> tuple[float, float | None
         head, device = LMHead(weight, bias), weight.device
         base.eval()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            logits = base(input_ids=torch.arange(8, device=device).view(2, 4) % head.vocab_size).logits.float()
+            ids = torch.arange(8, device=device).view(2, 4) % head.vocab_size
+            logits = base(input_ids=ids, use_cache=False).logits.float()
     except Exception as error:
         raise _refusal(name, f"failed on a probe ({error})") from error
     finally:

@@ -24,6 +24,15 @@ class Renamed(transformers.LlamaForCausalLM):
         return super().forward(input_ids=input_ids, **inputs)
 
 
+class NoCache(transformers.LlamaForCausalLM):
+    """Cannot make a cache on its own, as hybrid models whose layers each keep another state."""
+
+    def forward(self, input_ids=None, use_cache=None, **inputs):
+        if use_cache is not False:
+            raise AttributeError("no cache")
+        return super().forward(input_ids=input_ids, use_cache=False, **inputs)
+
+
 class Doubled(transformers.LlamaForCausalLM):
     """Does something to the logits that no configuration mentions."""
 
@@ -93,6 +102,10 @@ def test_an_unknown_class_is_accepted_if_its_logits_agree_on_one_probe_that_leav
     assert all(p.grad is None for p in model.parameters())
     assert LMHead.from_model(model).weight is head.weight is model.lm_head.weight
     assert model.calls == 1, "the answer is remembered"
+
+
+def test_the_probe_asks_for_no_cache():
+    assert LMHead.from_model(of_class(NoCache)).scale == 1.0
 
 
 def test_what_the_probe_found_is_forgotten_with_the_model():
