@@ -6,14 +6,15 @@ Models are recognised by what they have (duck typing); transformers and peft are
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from klft.divergences import reverse_kl
 
@@ -27,10 +28,24 @@ VALUE_MODULES = frozenset({"v_head", "value_model"})
 """Submodules that PPO attaches to a policy as its value function: no part of the language model."""
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers or PEFT model inside DDP, FSDP1, DeepSpeed's engine and torch.compile, whatever is in what.
+
+    Told by what classes define: engines and compiled modules hand other attributes on from the model inside.
+    """
+    while not any(hasattr(type(model), name) for name in ("get_output_embeddings", "get_base_model")):
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile(model)
+        inner = getattr(model, "module", None) if inner is None else inner
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
 def base_of(model: nn.Module) -> Any:
-    """The transformers model inside DistributedDataParallel and PEFT wrappers, or the model itself."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    """The transformers model inside wrappers and PEFT, or the model itself."""
+    model = unwrap(model)
+    return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
@@ -348,6 +363,29 @@ def _place_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     return args, kwargs
 
 
+_taps: WeakKeyDictionary[nn.Module, tuple[SimpleNamespace, Callable]] = WeakKeyDictionary()
+
+
+def _tap(head: nn.Module) -> tuple[SimpleNamespace, Any]:
+    """(where to put hidden states, the forward that puts them there): one pair per head.
+
+    A new function in every step would be a new graph to a compiled model. It is not traced itself.
+    """
+    if head not in _taps:
+        slot, of = SimpleNamespace(kept=None), ref(head)
+
+        def keep(hidden: Tensor, *_args: Any, **_options: Any) -> Tensor:
+            layer: Any = of()
+            # Not an empty batch through the head's own forward: a DTensor cannot view [B, 0, V].
+            hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
+            slot.kept.hidden = hidden
+            empty = hidden[..., :0, :1].expand(*hidden.shape[:-2], 0, len(layer.weight))
+            return _Tied.apply(empty, *layer.parameters())  # pyright: ignore
+
+        _taps[head] = slot, torch.compiler.disable(keep)
+    return _taps[head]
+
+
 @contextmanager
 def hidden_states(model: nn.Module):
     """Forwards of `model` inside compute no logits: they return [B, 0, V], and kept.hidden [B, T, D] is what the head
@@ -355,17 +393,15 @@ def hidden_states(model: nn.Module):
 
     Tokens are placed as `causal_inputs` places them where the call has an attention_mask and no position_ids.
     Only the forward of the head's module is exchanged, so all hooks run (DDP, FSDP2, PEFT, tensor parallel) and the
-    head's parameters have their place in the graph. Pass the model as you call it. Raises RuntimeError at the end if no
-    forward came through the head (a model compiled before, for instance).
+    head's parameters have their place in the graph. Pass the model as you call it. A compiled model's graph ends before
+    the head here (so not with fullgraph=True). Raises RuntimeError at the end if no forward came through the head.
     """
     kept, head = SimpleNamespace(hidden=None), base_of(model).get_output_embeddings()
 
-    def keep(hidden: Tensor, *_args: Any, **_options: Any) -> Tensor:
-        # Not an empty batch through the head's own forward: a DTensor cannot view [B, 0, V].
-        kept.hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
-        empty = kept.hidden[..., :0, :1].expand(*hidden.shape[:-2], 0, len(head.weight))
-        return _Tied.apply(empty, *head.parameters())  # pyright: ignore
+    slot, keep = _tap(head)
+    outer, slot.kept = slot.kept, kept
 
+    @torch.compiler.disable
     def join(_model: nn.Module, _args: tuple, output: Any) -> None:
         logits = output.get("logits") if isinstance(output, dict) else output[0]
         if isinstance(logits, Tensor):
@@ -373,8 +409,9 @@ def hidden_states(model: nn.Module):
             kept.hidden = kept.hidden + logits.sum().to(kept.hidden)
 
     before = {name: value for name, value in vars(head).items() if name == "forward"}  # tensor parallel has its own
-    hook = model.register_forward_hook(join)
-    places = model.register_forward_pre_hook(_place_tokens, with_kwargs=True)
+    place: Any = torch.compiler.disable(_place_tokens)
+    hook = model.register_forward_hook(join)  # pyright: ignore
+    places = model.register_forward_pre_hook(place, with_kwargs=True)
     head.forward = keep
     try:
         yield kept
@@ -385,3 +422,4 @@ def hidden_states(model: nn.Module):
         places.remove()
         del head.forward
         vars(head).update(before)
+        slot.kept = outer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from klft.models import VALUE_MODULES, address, evaluating
+from klft.models import VALUE_MODULES, address, evaluating, unwrap
 from klft.references.frozen import ModelReference
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class AdapterReference(ModelReference):
     """
 
     def __init__(self, peft_model: "PeftModel"):
+        peft_model = unwrap(peft_model)  # pyright: ignore - also inside DDP, DeepSpeed's engine, torch.compile
         if not hasattr(peft_model, "disable_adapter"):
             raise TypeError(
                 f"AdapterReference needs a PEFT model, got {type(peft_model).__name__}; use FrozenReference for a "

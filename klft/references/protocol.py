@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from klft.heads import LMHead
-from klft.models import check_no_shared_storage
+from klft.models import check_no_shared_storage, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,14 +83,14 @@ def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: n
                 "reference is None, and no policy is known: there is no PEFT adapter to switch off. Pass a "
                 "second model, KLPenalty(ref_model), or KLPenalty(AdapterReference(policy)) for a PEFT policy"
             )
-        if not hasattr(policy, "disable_adapter"):
+        if not hasattr(unwrap(policy), "disable_adapter"):
             raise ValueError(
                 f"there is no reference, and {type(policy).__name__} has no PEFT adapter that could be switched off; "
                 "pass a second model"
             )
         resolved: Reference = AdapterReference(policy)  # pyright: ignore[reportArgumentType]
     elif isinstance(reference, nn.Module):
-        if reference is policy:
+        if policy is not None and unwrap(reference) is unwrap(policy):
             raise ValueError("the reference is the policy itself, so every KL is 0: load it a second time, or copy it")
         if policy is not None:
             check_no_shared_storage(reference, policy)
