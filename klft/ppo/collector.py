@@ -18,7 +18,7 @@ from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
 from klft.ppo.reward_loop import RewardLoop
-from klft.ppo.rewards import RewardFunction, score_completions_by
+from klft.ppo.rewards import RewardFunction, is_judged, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
 from klft.prompts import (
@@ -83,7 +83,7 @@ class RolloutCollector:
         by_function, columns, logged = self._judge(rows, completions, texts, trainer_state, cut)
         (state.train if learn else state.evaluation).add_logged(logged)
         # 6. Weigh, normalise, clip, charge for a missing end.
-        totals = self._total_scores(by_function, terminated, state, learn)
+        totals, scores = self._total_scores(by_function, terminated, state, learn)
         # 7. The score on the last real token, minus coef * KL on every token.
         rewards = on_all_ranks(accelerator, lambda: penalty.rewards(totals, kl))
         # 8. Optional whitening, without shifting the mean.
@@ -98,9 +98,9 @@ class RolloutCollector:
         if tables:
             tables.add(trainer_state.global_step + 1, completions, kl, rewards, advantages)
         if learn and args.log_completions:
-            state.completions = self._completion_rows(rows, texts, totals, kl, columns)
+            state.completions = self._completion_rows(rows, texts, scores, kl, columns)
         per_token = {"value": values, "return": returns, "reward": rewards}
-        table = gather_table(accelerator, kl, per_token, totals, terminated, by_function, slice(keep))
+        table = gather_table(accelerator, kl, per_token, scores, terminated, by_function, slice(keep))
         stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self.reduce))
         logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
         rollout = Rollout(
@@ -147,21 +147,29 @@ class RolloutCollector:
             known=cut, templates=self._templates(rows),
         )  # fmt: skip
 
-    def _total_scores(self, by_function: Tensor, terminated: Tensor, state: PPOState, learn: bool) -> Tensor:
-        """[B, K] -> [B]."""
-        args = self.args
+    def _total_scores(
+        self, by_function: Tensor, terminated: Tensor, state: PPOState, learn: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[B, K] -> (scores to train on [B], the same to be shown [B]: NaN where no function gave one).
+
+        What no function judged has a score of 0, or with normalize_scores the mean, which is 0 then. So its tokens are
+        trained on the KL penalty, and on the one for a missing end, alone.
+        """
+        args, judged = self.args, is_judged(by_function)
         totals = weigh_scores(by_function, self.weights.to(by_function))
         if args.normalize_scores:
             if learn:
-                state.moments.learn(totals, self.reduce)
-            totals = state.moments.normalise(totals)
-        return finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty)
+                state.moments.learn(totals[judged], self.reduce)
+            totals = torch.where(judged, state.moments.normalise(totals), 0.0)
+        penalty = args.missing_eos_penalty
+        totals = finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=penalty)
+        return totals, torch.where(judged, totals, torch.nan)
 
     def _completion_rows(
-        self, rows: list[dict], texts: list, totals: Tensor, kl: TokenKL, columns: dict[str, list]
+        self, rows: list[dict], texts: list, scores: Tensor, kl: TokenKL, columns: dict[str, list]
     ) -> list[dict[str, Any]]:
         """The table of completions of all processes, on the main one."""
         exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
         assert exact is not None
         sequence_kl = torch.where(kl.mask, exact, 0.0).sum(-1)
-        return gather_object(completion_rows(rows, texts, totals, sequence_kl, columns))
+        return gather_object(completion_rows(rows, texts, scores, sequence_kl, columns))

@@ -19,13 +19,14 @@ def plain(text: Any) -> Text:
 
 
 def completion_rows(
-    rows: list[dict], completions: list, totals: Tensor, sequence_kl: Tensor, extra: dict[str, list]
+    rows: list[dict], completions: list, scores: Tensor, sequence_kl: Tensor, extra: dict[str, list]
 ) -> list[dict[str, Any]]:
-    """One row of the table per completion; `extra` are the reward functions' own columns."""
+    """One row of the table per completion, NaN scores as None; `extra` are the reward functions' own columns."""
+    given = [None if score != score else score for score in scores.tolist()]
     return [
-        {"prompt": row["prompt"], "completion": said, "score": float(score), "sequence_kl": float(kl)}
+        {"prompt": row["prompt"], "completion": said, "score": score, "sequence_kl": float(kl)}
         | {name: values[i] for name, values in extra.items()}
-        for i, (row, said, score, kl) in enumerate(zip(rows, completions, totals, sequence_kl, strict=True))
+        for i, (row, said, score, kl) in enumerate(zip(rows, completions, given, sequence_kl, strict=True))
     ]
 
 

@@ -24,7 +24,7 @@ TOKEN_COLUMNS: tuple[str, ...] = (*SCORES, "weight", "value", "return", "reward"
 @dataclass
 class Table:
     """fp64: `tokens` [N, len(TOKEN_COLUMNS)]; `sequences` [B, 3 + K]: score, terminated, length, K reward functions'
-    scores; `sequence` [N]: which of the sequences a token belongs to."""
+    scores, NaN where there is none; `sequence` [N]: which of the sequences a token belongs to."""
 
     tokens: Tensor
     sequences: Tensor
@@ -45,7 +45,7 @@ def gather_table(
     accelerator: Accelerator,
     kl: TokenKL,
     per_token: dict[str, Tensor],
-    totals: Tensor,
+    scores: Tensor,
     terminated: Tensor,
     by_function: Tensor,
     keep: slice = slice(None),
@@ -53,9 +53,9 @@ def gather_table(
     """Bring every process's rows together: two collectives, whatever the completions' lengths."""
     columns = dict(kl.scores.items()) | per_token | {"weight": kl.weights}
     tokens = torch.stack([columns[name].float() for name in TOKEN_COLUMNS] + [kl.mask.float()], -1)
-    counted = torch.zeros_like(totals)
+    counted = torch.zeros_like(scores)
     counted[keep] = 1.0  # a dataloader repeats samples to fill its last batch: they are not counted twice
-    sequences = torch.stack([totals, terminated.float(), kl.mask.sum(-1).float(), counted], -1)
+    sequences = torch.stack([scores, terminated.float(), kl.mask.sum(-1).float(), counted], -1)
     sequences = torch.cat([sequences, by_function.to(sequences)], -1)
     tokens = accelerator.gather(accelerator.pad_across_processes(tokens, dim=1))
     sequences = accelerator.gather(sequences)
@@ -86,8 +86,10 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
             metrics["value/explained_variance"] = (1 - unexplained / variance).item()
     if len(table.sequences):
         score, terminated, length = table.sequences[:, :3].unbind(-1)
-        metrics["reward/score/mean"] = score.mean().item()
-        metrics["reward/score/std"] = score.std(correction=0).item()
+        score = score[~score.isnan()]  # of what any function judged
+        if len(score):
+            metrics["reward/score/mean"] = score.mean().item()
+            metrics["reward/score/std"] = score.std(correction=0).item()
         metrics["completions/mean_length"] = length.mean().item()
         metrics["completions/terminated/frac"] = terminated.mean().item()
         for i, name in enumerate(names):

@@ -3,8 +3,10 @@
     f(prompts, completions, completion_ids, trainer_state=..., log_metric=..., log_extra=..., **columns) -> list
 
 May be async: all run together, in one event loop for the trainer's life, so a client may be kept between calls.
-One number per completion, or None where the function does not apply. A wrong length, a non-number, NaN or infinity is
-an error that names the function, the index and the prompt.
+One number per completion, or None where the function does not apply: it is left out of the weighted sum. A completion
+that no function judged counts in no metric of scores, and is trained on the KL penalty alone, as if its score were 0.
+A wrong length, a non-number, NaN or infinity is an error that names the function, the index and the prompt. Texts are
+those of `decode_completions`: with special tokens that the policy wrote, without BOS, EOS and padding.
 """
 
 import copy
@@ -289,6 +291,11 @@ def call_reward_functions(
             results[i] = r
     columns_of_scores = [_checked(reward_name(f), r, prompts) for f, r in zip(functions, results, strict=True)]
     return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
+
+
+def is_judged(scores: Tensor) -> Tensor:
+    """[B, K] -> [B]: whether any function gave a number."""
+    return ~scores.isnan().all(-1)
 
 
 def _checked(name: str, returned: Any, prompts: list) -> list[float]:

@@ -149,3 +149,50 @@ def test_what_a_reward_function_logs_in_evaluation_stays_out_of_training(tmp_pat
     )  # fmt: skip
     run.train()
     assert [log["held_out"] for log in tiny.step_logs(run)] == [0.0, 0.0, 0.0]
+
+
+# ---- completions that no function judged ------------------------------------------------------------------------
+
+
+def some(completions, **_):
+    """A score of 1 for all but the first."""
+    return [None, *[1.0] * (len(completions) - 1)]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_no_function_judged_counts_in_no_metric_of_scores(normalize, tmp_path):
+    run = tiny.trainer(
+        tmp_path, None, some, given={"eval_dataset": tiny.prompts(4)}, max_steps=1, normalize_scores=normalize,
+        log_completions=True,
+    )  # fmt: skip
+    run.train()
+    (log,) = tiny.step_logs(run)
+    assert log["reward/score/mean"] == (0.0 if normalize else 1.0)
+    assert log["reward/score/std"] == 0.0
+    assert log["reward/some/mean"] == 1.0
+    assert run.evaluate()["eval_reward/score/mean"] == (0.0 if normalize else 1.0)
+    assert [row["score"] is None for row in run.ppo.completions] == [True, False, False, False]
+    if normalize:
+        assert (run.ppo.moments.count, run.ppo.moments.mean) == (3, 1.0), "a None is no 0 to normalise by"
+
+
+def test_what_nothing_judged_is_trained_on_its_kl_alone(tmp_path):
+    def never(completions, **_):
+        return [None] * len(completions)
+
+    run = tiny.trainer(tmp_path, None, never, max_steps=1, kind=tiny.SeenTrainer, given={"reference": tiny.apart()})
+    run.train()
+    (log,) = tiny.step_logs(run)
+    assert not [name for name in log if name.startswith("reward/") and name != "reward/total/mean"]
+    # A completion's rewards add up to -coef * k1 over its tokens, and nothing for a score.
+    expected = -log["kl/coef"] * log["kl/k1/mean"] * log["completions/mean_length"]
+    assert log["reward/total/mean"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- a run without logs ------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_logs_holds_no_more_than_one_rollout(tmp_path):
+    run = tiny.trainer(tmp_path, max_steps=5, logging_strategy="no")
+    run.train()
+    assert len(run.ppo.train.tables) == 1
