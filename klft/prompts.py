@@ -179,6 +179,13 @@ def completion_mask(
     return ~ended_before, is_eos.any(1)
 
 
+_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+def _without(ids: Tensor, roles: set[Any], eos_ids: Sequence[int]) -> list[int]:
+    return [i for i in ids.tolist() if i not in roles and i not in eos_ids]
+
+
 def decode_completions(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
@@ -186,15 +193,20 @@ def decode_completions(
     prompt_mask: Bool[Tensor, "B P"],
     completion_ids: Int[Tensor, "B C"],
     mask: Bool[Tensor, "B C"],
+    eos_ids: Sequence[int] = (),
 ) -> list[Prompt]:
     """Completions as reward functions see them: text, or one assistant message after a conversation.
 
     prompt + completion is what the tokens read as: many tokenizers drop the space before a word that is decoded alone.
+    Without BOS, EOS, padding and what else has a role of its own in the tokenizer, and without `eos_ids`, the model's
+    ends. Special tokens beyond those (a <think>, a tool call's) are text that the policy wrote, and rewards may be
+    about them; TRL's GRPO drops them all.
     """
-    before = [row[real].tolist() for row, real in zip(prompt_ids, prompt_mask, strict=True)]
-    kept = [row[real].tolist() for row, real in zip(completion_ids, mask, strict=True)]
+    roles: set[Any] = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    before = [_without(row[real], roles, eos_ids) for row, real in zip(prompt_ids, prompt_mask, strict=True)]
+    kept = [_without(row[real], roles, eos_ids) for row, real in zip(completion_ids, mask, strict=True)]
     alone, heads, wholes = (
-        tokenizer.batch_decode(rows, skip_special_tokens=True)
+        tokenizer.batch_decode(rows, skip_special_tokens=False)
         for rows in (kept, before, [b + k for b, k in zip(before, kept, strict=True)])
     )
     written: list[Prompt] = []

@@ -124,7 +124,7 @@ class RolloutCollector:
         completions, terminated = sample_completions(
             policy, ids.to(device), mask.to(device), config, vocab_size, tokenizer
         )
-        texts = decode_completions(tokenizer, prompts, **vars(completions))
+        texts = decode_completions(tokenizer, prompts, **vars(completions), eos_ids=config.eos_token_id)  # pyright: ignore
         cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
         return completions, terminated, texts, cut
 

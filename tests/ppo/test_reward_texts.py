@@ -46,6 +46,33 @@ def test_a_message_does_not_begin_with_the_space():
     assert written == [[{"role": "assistant", "content": "good"}]]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_that_the_policy_wrote_are_text_and_ends_are_not(chat, tmp_path):
+    """w7 is special, as a <think> is; w9 is another end of the model's; <eos> and <pad> have roles in the tokenizer."""
+    tokenizer = tiny.tokenizer(chat=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["w7", "w9"]})
+    ids = tokenizer.convert_tokens_to_ids(["w7", "w4", "<pad>", "w9", "<eos>"])
+    prompt = [{"role": "user", "content": "w1"}] if chat else "w1 w7"
+    prompt_ids, prompt_mask = pad([tokenizer("w1 w7")["input_ids"]], 0)
+    kept, mask = pad([ids], 0, side="right")
+    (said,) = decode_completions(tokenizer, [prompt], prompt_ids, prompt_mask, kept, mask, eos_ids=[ids[3]])
+    assert said == ([{"role": "assistant", "content": "w7 w4"}] if chat else " w7 w4")
+
+
+def test_reward_functions_and_the_table_see_special_tokens(tmp_path):
+    tokenizer, seen = tiny.tokenizer(), []
+    tokenizer.add_special_tokens({"extra_special_tokens": [f"w{i}" for i in range(29)]})
+
+    def look(completions, completion_ids, **_):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [0.0] * len(completions)
+
+    tiny.trainer(tmp_path, None, look, given={"processing_class": tokenizer}, max_steps=1).train()
+    assert seen
+    for text, ids in seen:
+        assert text.split() == [f"w{i - 3}" for i in ids if i > 2]
+
+
 def judge(**changed):
     torch.manual_seed(3)
     model = LlamaForSequenceClassification(tiny.critic().config.__class__(**tiny.critic().config.to_dict() | changed))
