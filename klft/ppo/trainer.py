@@ -205,6 +205,8 @@ class PPOTrainer(Trainer):
         stats.advantage_scale = torch.rsqrt(variance + 1e-8).item()
         state.cycle.start(rollout, stats, self._collector.reduce)
         state.coef = stats.coef
+        if self.args.logging_strategy == "no":
+            state.train.tables.clear()  # nothing reads them; the last one is for a callback that asks for a log
         state.train.tables.append(table)
         state.episodes += len(table.sequences)
 
