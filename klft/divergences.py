@@ -6,6 +6,8 @@ gradient of S in the policy's logits is `dterm_v - p_v * G`; one whose `finish` 
 brings its own gradient. A divergence is therefore one row of
 `DIVERGENCES`; how the sum is taken (dense here, tile by tile, over ranks) is a backend's business.
 
+Log-probabilities are logits too: every function is invariant to a shift of either argument's rows.
+
 Terms are Bregman gaps: each is >= 0, and exactly 0 where lp = lq. In fp32 that keeps a KL of 5e-7 nats over 150,000
 tokens accurate to 1e-4, where `sum p * (lp - lq)` has no correct digit and is often negative.
 """

@@ -47,10 +47,16 @@ def masked_sum(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -
     return reduce(torch.where(as_mask(mask), x, 0.0).sum())
 
 
-def masked_mean(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
-    """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts."""
+def masked_mean(
+    x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce, *, dim: int | None = None
+) -> Float[Tensor, "..."]:
+    """Mean of x where mask holds, over all processes: global sum / global count. 0 where nothing counts.
+
+    `dim`: over that dimension alone, one mean for each place in the others.
+    """
     mask = as_mask(mask)
-    return masked_sum(x, mask, reduce) / reduce(mask.sum()).clamp(min=1)
+    count = reduce(mask.sum(dim)).clamp(min=1)
+    return (masked_sum(x, mask, reduce) if dim is None else reduce(torch.where(mask, x, 0.0).sum(dim))) / count
 
 
 def masked_var(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:

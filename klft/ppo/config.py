@@ -123,6 +123,7 @@ VALIDATORS: dict[str, Validator] = {
     "kl_horizon": _COUNT,
     "target_kl": number(above=0, optional=True),
     "cliprange": _POSITIVE,
+    "cliprange_high": number(above=0, optional=True),
     "cliprange_value": _POSITIVE,
     "dual_clip": number(above=1, optional=True),
     "vf_coef": number(),
@@ -231,6 +232,9 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Skip the rest of a rollout once KL(old||new) per token passes this."}
     )
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    cliprange_high: float | None = field(
+        default=None, metadata={"help": "Clip of the ratio above 1, where it is another than below (cliprange)."}
+    )
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value function's change."})
     dual_clip: float | None = field(
         default=None, metadata={"help": "Bound (> 1) on the ratio where the advantage is negative."}

@@ -40,15 +40,17 @@ def policy_losses(
     advantages: Float[Tensor, "*B"],
     cliprange: float,
     dual_clip: float | None = None,
+    cliprange_high: float | None = None,
 ) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B"]]:
     """-min(ratio * A, clip(ratio) * A), and where the clip decided. `log_ratio` = log(new/old), with gradient.
 
+    The ratio is clipped to 1 - cliprange ... 1 + cliprange_high (by default cliprange; above it: DAPO, 2503.14476).
     `dual_clip` = c > 1 bounds the loss by -c * A where A < 0, so that a token that became far likelier since it was
     sampled does not dominate the batch.
     """
     ratio = log_ratio.exp()
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
     losses = torch.maximum(free, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)

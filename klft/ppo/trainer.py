@@ -264,7 +264,8 @@ class PPOTrainer(Trainer):
     ) -> Tensor:
         """Sum over a chunk's tokens [n] of PPO's loss and of the KL's, where it belongs there."""
         log_ratio = scores.logp - old_logp
-        losses, clipped = policy_losses(log_ratio, advantages, self.args.cliprange, self.args.dual_clip)
+        args = self.args
+        losses, clipped = policy_losses(log_ratio, advantages, args.cliprange, args.dual_clip, args.cliprange_high)
         with torch.no_grad():
             ratio = log_ratio.exp()
             seen.append(torch.stack([losses, ratio - 1 - log_ratio, ratio, clipped.float(), scores.logp]).detach())

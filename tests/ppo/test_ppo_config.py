@@ -50,6 +50,7 @@ DEFAULTS = {
 MORE = {
     "normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0,
     "model_init_kwargs": None, "self_test": True, "overwrite_output_dir": False, "chat_template_kwargs": None,
+    "cliprange_high": None,
 }  # fmt: skip
 CHANGED = {
     "learning_rate": 3e-6,

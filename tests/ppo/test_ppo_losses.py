@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import tiny
 
 from klft.ppo.losses import gae, policy_losses, value_losses
 
@@ -120,3 +121,30 @@ def test_value_loss_on_both_sides_of_the_clip(value, old, target, loss, slope, c
     assert losses.item() == pytest.approx(loss, abs=1e-12)
     assert gradient.item() == pytest.approx(slope, abs=1e-12)
     assert bool(decided) is clipped
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_each_side_has_its_own_clip(advantage):
+    """ratio in 1 - 0.2 ... 1 + 0.5: the loss, its slope and where the clip decided, by hand."""
+    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.3, 1.49, 1.51, 3.0], dtype=torch.float64)
+    log_ratio = ratios.log().requires_grad_()
+    losses, decided = policy_losses(log_ratio, torch.full_like(ratios, advantage), 0.2, cliprange_high=0.5)
+    outside = (ratios > 1.5) if advantage > 0 else (ratios < 0.8)
+    bound = 1.5 if advantage > 0 else 0.8
+    torch.testing.assert_close(losses, torch.where(outside, -advantage * bound, -advantage * ratios))
+    assert torch.equal(decided, outside)
+    (slope,) = torch.autograd.grad(losses.sum(), log_ratio)
+    torch.testing.assert_close(slope, torch.where(outside, 0.0, -advantage * ratios))
+    same, _ = policy_losses(log_ratio, torch.full_like(ratios, advantage), 0.2, cliprange_high=0.2)
+    assert torch.equal(same, policy_losses(log_ratio, torch.full_like(ratios, advantage), 0.2)[0])
+
+
+def test_the_upper_clip_reaches_the_loss(tmp_path):
+    """A policy that moves far within a rollout: a wide upper clip clips fewer tokens; without it cliprange is both."""
+    clipped = []
+    for i, more in enumerate([{}, {"cliprange_high": 0.1}, {"cliprange_high": 10.0}]):
+        run = tiny.trainer(tmp_path / str(i), max_steps=4, num_ppo_epochs=4, cliprange=0.1, learning_rate=3e-2, **more)
+        run.train()
+        clipped.append([entry["ppo/ratio_clipped/frac"] for entry in tiny.step_logs(run)])
+    assert clipped[0] == clipped[1]
+    assert sum(clipped[2]) < sum(clipped[0])
