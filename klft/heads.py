@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from klft._deprecated import moved
-from klft.models import base_of
+from klft.models import address, base_of
 from klft.parallel import placed
 from klft.sharding import VocabShard
 
@@ -144,8 +144,14 @@ def _layer_under_peft(layer: Any, name: str) -> Any:
         if layer.merged == layer.disable_adapters and (active or layer.merged):
             raise _refusal(name, f"has an adapter ({type(layer).__name__}) at work on its head; merge or disable it")
         layer = layer.base_layer
-    if not isinstance(getattr(layer, "weight", None), Tensor) or layer.weight.is_meta:
+    weight: Any = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
         raise _refusal(name, f"has no weight at hand in its head ({type(layer).__name__})")
+    dense = weight.ndim == 2 and weight.is_floating_point()
+    if not dense or not (isinstance(weight, DTensor) or address(weight) is not None):
+        what = f"{type(layer).__name__}: a {type(weight).__name__} {weight.dtype} {list(weight.shape)}"
+        why = "is quantised, or kept elsewhere by ZeRO-3 or FSDP1"
+        raise _refusal(name, f"has no plain floating-point weight [V, D] in its head ({what}): it {why}")
     return layer
 
 

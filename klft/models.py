@@ -207,9 +207,20 @@ def check_vocabularies(tokenizer: "PreTrainedTokenizerBase", **sizes: int) -> No
             raise ValueError(f"the {role}'s head has {size} rows, but the tokenizer has {len(tokenizer)} ids{gaps}")
 
 
+def head_rows(head: Any) -> int:
+    """Rows of a vocabulary head; of a quantised one, whose weight has another shape, the features it puts out."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0]
+    rows = getattr(head, "out_features", None)
+    if not isinstance(rows, int):
+        raise TypeError(f"the vocabulary head ({type(head).__name__}) does not say how many ids it has")
+    return rows
+
+
 def vocab_size(model: nn.Module) -> int:
     """Rows of the model's vocabulary head."""
-    return base_of(model).get_output_embeddings().weight.shape[0]  # pyright: ignore
+    return head_rows(base_of(model).get_output_embeddings())
 
 
 CUT_MASS = 1e-3  # the most probability that ids may hold and still be padding
@@ -379,7 +390,7 @@ def _tap(head: nn.Module) -> tuple[SimpleNamespace, Any]:
             # Not an empty batch through the head's own forward: a DTensor cannot view [B, 0, V].
             hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
             slot.kept.hidden = hidden
-            empty = hidden[..., :0, :1].expand(*hidden.shape[:-2], 0, len(layer.weight))
+            empty = hidden[..., :0, :1].expand(*hidden.shape[:-2], 0, head_rows(layer))
             return _Tied.apply(empty, *layer.parameters())  # pyright: ignore
 
         _taps[head] = slot, torch.compiler.disable(keep)

@@ -27,9 +27,17 @@ VALUE_FILE = (
 
 
 def attach_value_head(model: nn.Module) -> None:
-    """A zero-initialised linear on the hidden states that the vocabulary head reads: V = 0 at step 0."""
+    """A zero-initialised linear on the hidden states that the vocabulary head reads: V = 0 at step 0.
+
+    Raises TypeError, by name, for a policy whose head is quantised.
+    """
     base: Any = base_of(model)
-    head_weight = base.get_output_embeddings().weight
+    head_weight = getattr(base.get_output_embeddings(), "weight", None)
+    if not (isinstance(head_weight, torch.Tensor) and head_weight.ndim == 2 and head_weight.is_floating_point()):
+        raise TypeError(
+            f"model: the vocabulary head of {type(base).__name__} ({type(base.get_output_embeddings()).__name__}) is "
+            "quantised, and PPO trains through it: load the model with that head left in floating point"
+        )
     # In fp32 whatever the policy has: its steps would round to nothing in 16 bit.
     v_head = nn.Linear(head_weight.shape[1], 1, device=head_weight.device, dtype=torch.float32)
     nn.init.zeros_(v_head.weight)
