@@ -25,6 +25,7 @@ from klft.models import (
     check_vocabularies,
     max_positions,
     require_causal_lm,
+    unwrap,
     vocab_size,
 )
 from klft.ppo import value as value_function
@@ -51,8 +52,14 @@ def load_policy(model: nn.Module | str, model_init_kwargs: dict[str, Any] | None
         return loaded
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by name; this one is loaded already")
-    require_causal_lm(model, "model")
-    return model
+    inside = unwrap(model)
+    if inside is not model:  # a checkpoint of the wrapper would have names that from_pretrained does not know
+        logger.warning(
+            f"model: took the {type(inside).__name__} out of its {type(model).__name__}; the Trainer wraps it itself "
+            "(to compile it say torch_compile=True)"
+        )
+    require_causal_lm(inside, "model")
+    return inside
 
 
 def trainable_policy_weights(policy: nn.Module) -> dict[str, nn.Parameter]:
