@@ -316,6 +316,15 @@ def check_positions(longest: int, **positions: int | None) -> None:
             raise ValueError(f"texts have up to {longest} tokens, the {role} {limit} positions: cut them shorter")
 
 
+def zero_pad_embedding(model: nn.Module) -> int | None:
+    """The pad id, where its embedding is all zeros: there the gradient of some families is NaN (Gemma3n)."""
+    layer = base_of(model).get_input_embeddings()
+    pad, weight = getattr(layer, "padding_idx", None), getattr(layer, "weight", None)
+    if pad is None or not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.ndim != 2:
+        return None
+    return pad if pad < len(weight) and not bool(weight[pad].any()) else None
+
+
 def address(p: Tensor) -> int | None:
     """Where a tensor's numbers are; None for tensor subclasses without a storage of their own (torchao)."""
     try:

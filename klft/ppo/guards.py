@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from klft.models import zero_pad_embedding
+
 
 def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     """Run `work` here; if it raised on any rank, raise on every rank, so that none waits in a collective for ever."""
@@ -54,4 +56,9 @@ class StopOnNonFiniteGradient(TrainerCallback):
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not bool(norm.isfinite()):
-            raise RuntimeError(f"the gradient is not finite at step {state.global_step}. {self.resume_hint()}")
+            pad = zero_pad_embedding(self.trainer.model)
+            why = "" if pad is None else (
+                f" The embedding of the pad id {pad} is all zeros, where some models' own gradient is NaN (Gemma3n): "
+                "pad with another token, tokenizer.pad_token = tokenizer.eos_token."
+            )  # fmt: skip
+            raise RuntimeError(f"the gradient is not finite at step {state.global_step}.{why} {self.resume_hint()}")
