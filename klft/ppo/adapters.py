@@ -67,6 +67,18 @@ def attach_adapter(model: Any, peft_config: Any, *, is_reference: bool) -> Any:
     return policy
 
 
+def starts_equal(model: Any, reference: Any, peft_config: Any) -> bool | None:
+    """Whether the policy starts as its reference: False for another model, None for adapters that may do something."""
+    if reference is not None:
+        return False
+    if hasattr(model, "peft_config"):
+        return None
+    if peft_config is None:
+        return True
+    keeps = _kind(peft_config) == "LORA" and peft_config.init_lora_weights in (True, "gaussian")
+    return True if keeps else None
+
+
 @torch.no_grad()
 def _logits(model: nn.Module) -> Any:
     """Of four tokens; None where the weights are not whole here (DeepSpeed's, tensor parallel)."""

@@ -24,7 +24,7 @@ from klft.models import disable_dropout, quiet
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
 from klft.ppo import value as value_function
-from klft.ppo.adapters import require_readable_policy_head
+from klft.ppo.adapters import require_readable_policy_head, starts_equal
 from klft.ppo.collector import RolloutCollector
 from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
@@ -69,7 +69,7 @@ class PPOTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     _gradient_seen = _ratio_seen = _tested = False  # what is checked once, before and at the first micro-batch
-    _self_test_seconds, _starts_equal = 0.0, None  # None: the policy has an adapter already, which may be trained
+    _self_test_seconds, _starts_equal = 0.0, None
     _claimed: Path | None = None  # the output_dir that holds this trainer's own run
 
     def __init__(
@@ -92,7 +92,7 @@ class PPOTrainer(Trainer):
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = given.load_policy(model, args.model_options)
         tokenizer = given.load_tokenizer(processing_class, model)
-        self._starts_equal = False if reference is not None else None if hasattr(model, "peft_config") else True
+        self._starts_equal = starts_equal(model, reference, peft_config)
         self.reward_funcs = reward_funcs = as_reward_functions(reward_funcs)
         train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args, tokenizer, reward_funcs)
         model, reference = given.build_policy_and_reference(

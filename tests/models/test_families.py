@@ -35,15 +35,15 @@ READS_PADDING = [
 SEES_WHAT_FOLLOWS = ["cpmant", "prophetnet", "xlnet"]
 PADDING, FUTURE = "TypeError: .*does not leave padding out", "TypeError: .*sees what follows"
 NOT_CAUSAL = "TypeError: .*expected a causal language model"
-# Their generate places left-padded tokens otherwise than a forward with position_ids.
-OTHER_POSITIONS = "AssertionError: sampled from what is scored"
+# Their generate samples from other probabilities than one forward over the same tokens gives, without klft too.
+SAMPLES_OTHERWISE = "AssertionError: sampled from what is scored"
 KNOWN: dict[str, dict[str, str]] = {
     **{family: {"padding": PADDING, "ppo": PADDING} for family in READS_PADDING},
     **{family: {"padding": FUTURE, "diff": FUTURE, "ppo": FUTURE} for family in SEES_WHAT_FOLLOWS},
     "xlm": {"padding": NOT_CAUSAL, "diff": "TypeError", "ppo": "TypeError"},
-    "git": {"ppo": OTHER_POSITIONS},
-    "moshi": {"ppo": OTHER_POSITIONS},
-    "reformer": {"ppo": OTHER_POSITIONS},
+    "git": {"ppo": SAMPLES_OTHERWISE},  # with a cache after left padding
+    "moshi": {"ppo": SAMPLES_OTHERWISE},  # with a cache
+    "reformer": {"ppo": SAMPLES_OTHERWISE},  # generate passes no attention mask
     "gemma3n": {"build": "timm"},  # its vision tower; gemma3n_text is the same language model
     # Drafters, which need the hidden states of the model they draft for.
     "gemma4_assistant": {"build": "hidden_size_per_layer_input must be 0"},

@@ -35,8 +35,12 @@ def test_a_padded_vocabulary_is_cut_once_and_said_once_with_the_mass_it_held(wid
 def test_rows_that_hold_probability_are_not_cut(wide, tmp_path):
     models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
     models[wide] = tiny.llama(7, vocab_size=40)
-    run = tiny.trainer(tmp_path, models["policy"], given={"reference": models["reference"]}, max_steps=3)
+    given = {"reference": models["reference"]}
+    run = tiny.trainer(tmp_path / "a", models["policy"], given=given, max_steps=3, self_test=False)
     with pytest.raises(ValueError, match="40 vocabulary rows, the other 32, and the ids from 32 on are no padding"):
+        run.train()
+    run = tiny.trainer(tmp_path / "b", models["policy"], given=given, max_steps=3)
+    with pytest.raises(RuntimeError, match=rf"vocabulary: the {wide}'s head has 40 rows, the other 32.* no padding"):
         run.train()
 
 

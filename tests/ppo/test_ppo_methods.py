@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import tiny
 
+from klft.ppo.value import VALUE_FILE
 from klft.references import AdapterReference, FrozenReference
 
 TASK = {"task_type": "CAUSAL_LM"}
@@ -111,4 +112,4 @@ def test_a_value_head_that_the_adapter_cannot_save_lies_beside_it(tmp_path):
     again = tiny.trainer(tmp_path, given={"peft_config": make()}, max_steps=2, num_ppo_epochs=2)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(again.model.get_base_model().v_head.weight, head)
-    assert (tmp_path / "checkpoint-2" / "value_function.safetensors").is_file()
+    assert (tmp_path / "checkpoint-2" / VALUE_FILE).is_file()
