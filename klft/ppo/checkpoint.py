@@ -12,7 +12,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -23,6 +23,9 @@ from transformers.utils import logging
 
 from klft.ppo.guards import on_all_ranks
 from klft.writing import KL_FILES, atomic_write, check_unused, remove_files, sync_file, sync_folder
+
+if TYPE_CHECKING:
+    from klft.ppo.config import PPOConfig
 
 logger = logging.get_logger(__name__)
 
@@ -160,7 +163,7 @@ def _with_optimizer(folder: Path) -> Path:
     return folder
 
 
-def check_output_dir(args: Any) -> None:
+def check_output_dir(args: "PPOConfig") -> None:
     """What `PPOTrainer.train` would refuse about `args.output_dir`, in time: before a model is loaded.
 
     Raises ValueError for a checkpoint to resume from that is not there or damaged, and for a folder that holds another
