@@ -95,8 +95,9 @@ def check_start(setup: Setup) -> Check:
             name, f"the policy starts as the reference, and their KL is {off:.1e} nats: one of the two is not what it "
             "was loaded as (an adapter that is on, another checkpoint)"
         )  # fmt: skip
-    distance = getattr(setup.reference, "distance_to", lambda _policy: None)(setup.policy)
-    if distance is not None and distance > UNRELATED and setup.starts_equal is None:
+    measure = getattr(setup.reference, "distance_to", None) if setup.starts_equal is None else None
+    distance = None if measure is None else measure(setup.policy)
+    if distance is not None and distance > UNRELATED:
         return problem(
             name, f"the weights of policy and reference have nothing in common (relative distance {distance:.2f}): is "
             "the reference the model that the policy came from?"
