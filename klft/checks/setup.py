@@ -58,6 +58,7 @@ class Setup:
     shard_vocab: str = "auto"
     scorer: Any = None
     was_training: bool = field(init=False)
+    heads: dict[str, Check] = field(default_factory=dict)  # what check_head found, by role
 
     def __post_init__(self):
         self.was_training = self.policy.training
