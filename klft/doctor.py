@@ -128,9 +128,9 @@ def models(
 
 def _train_adapter(policy: Any) -> None:
     """Ask for the gradient of the adapter's weights, as a training would."""
-    prefix = getattr(policy.base_model, "prefix", "")
+    marks = [getattr(policy.base_model, "prefix", ""), "prompt_encoder", "modules_to_save"]
     for name, p in policy.named_parameters():
-        if prefix and prefix in name and p.is_floating_point():
+        if any(mark and mark in name for mark in marks) and p.is_floating_point():
             p.requires_grad_(True)
 
 

@@ -124,8 +124,8 @@ def check_independent(setup: Setup) -> Check:
         return problem(name, str(error))
     trained = [p for p in setup.policy.parameters() if p.requires_grad and p.is_floating_point() and p.numel()]
     if not trained:
-        if not setup.trains:
-            return Check(name, "skipped", "nothing is trained here")
+        if any(p.requires_grad for p in setup.policy.parameters()):
+            return Check(name, "skipped", "the trained weights lie on other processes (ZeRO-3)")
         return problem("policy moves", "no weight of the policy is trainable: call requires_grad_(True)")
     real = setup.batch[1].bool()
     policy, reference = setup.policy_logits[real], setup.reference_logits[real]
@@ -137,7 +137,7 @@ def check_independent(setup: Setup) -> Check:
             name, "weights that are trained move the reference: its adapter is not off, or it shares memory with the "
             "policy. Load the reference a second time"
         )  # fmt: skip
-    if moved == 0 and setup.trains:
+    if moved == 0:
         return problem("policy moves", "the policy's probabilities do not depend on the weights that are trained")
     return ok(name, "what is trained moves the policy, and not the reference")
 

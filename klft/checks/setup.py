@@ -54,7 +54,6 @@ class Setup:
     starts_equal: bool | None = None
     low_precision: bool | None = None
     loss_mode: Callable[[], Any] | None = None
-    trains: bool = True
     shard_vocab: str = "auto"
     scorer: Any = None
     was_training: bool = field(init=False)

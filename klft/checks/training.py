@@ -43,7 +43,7 @@ def check_loss_mode(setup: Setup) -> Check:
             name, f"the policy has other probabilities in the loss than when it is scored (KL {off:.1e} nats), so the "
             "first ratio is not 1: dropout, jitter or layer drop is on. klft.disable_dropout(model), or model.eval()"
         )  # fmt: skip
-    if setup.trains and not flows:
+    if not flows:
         return problem(name, "no gradient reaches the policy: its forward runs under no_grad, or all of it is frozen")
     return ok(name, "the first ratio is 1, and a gradient reaches the policy")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from klft.checks import Check, Rollout, Setup, run_checks
 from klft.generation import sampled_logps
-from klft.models import quiet
+from klft.models import quiet, unwrap
 from klft.ppo.collector import RolloutCollector
 from klft.ppo.guards import on_all_ranks
 from klft.prompts import completion_mask, eos_ids, pad_id
@@ -24,7 +24,7 @@ def run_self_test(collector: RolloutCollector, model: nn.Module, optimizer: Any,
     starts_equal: see klft.check_setup. Raises RuntimeError on every process, naming what is wrong and what to do.
     """
     start, accelerator, args = time.perf_counter(), collector.accelerator, collector.args
-    policy = accelerator.unwrap_model(model)
+    policy = unwrap(model)  # of torch.compile too, which would compile for these few rows
     setup = Setup(
         policy, collector.scorer.reference, collector.tokenizer,
         optimizer=None if optimizer is None else getattr(optimizer, "optimizer", optimizer),

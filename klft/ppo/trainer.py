@@ -178,7 +178,8 @@ class PPOTrainer(Trainer):
             from klft.ppo.self_test import run_self_test
 
             fresh = None if self._starts_equal and self.state.global_step else self._starts_equal
-            self._self_test_seconds = run_self_test(self._collector, model, self.optimizer, starts_equal=fresh)
+            held = None if self.is_deepspeed_enabled else self.optimizer  # DeepSpeed's holds flat copies
+            self._self_test_seconds = run_self_test(self._collector, model, held, starts_equal=fresh)
         self._tested = True
 
     def _check_gradient(self, micro: Rollout) -> None:
