@@ -329,7 +329,7 @@ class PPOTrainer(Trainer):
         prefix = timing.removesuffix("_runtime")
         names = reward_names(self.reward_funcs)
         evaluated = self.ppo.evaluation
-        if prefix == "train":
+        if prefix == "train" and self._self_test_seconds:
             logs["self_test/seconds"] = self._self_test_seconds
         if "loss" in logs:
             logs.update(self._train_metrics(names))

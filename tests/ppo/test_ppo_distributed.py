@@ -125,7 +125,7 @@ def broken_loss(folder, rank):
 def sampled(folder, rank):
     """The same prompt for everyone: processes draw differently. Rows are shuffled per process, so in a fixed order."""
     data = tiny.prompts(16).map(lambda _: {"prompt": "w1 w2"})
-    run = tiny.trainer(folder, data=data, kind=tiny.SeenTrainer, max_steps=1)
+    run = tiny.trainer(folder, data=data, kind=tiny.SeenTrainer, max_steps=1, self_test=True)
     run.train()
     return sorted(run.seen[0][0].completion_ids.tolist())
 

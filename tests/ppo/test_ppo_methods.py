@@ -66,7 +66,7 @@ def logits(model):
 def test_a_method_trains_and_its_base_stays(name, tmp_path):
     base = tiny.llama()
     initial = copy.deepcopy(base)
-    run = tiny.trainer(tmp_path, base, given={"peft_config": TRAINED[name]()}, max_steps=3, kl_coef=0.0)
+    run = tiny.trainer(tmp_path, base, given={"peft_config": TRAINED[name]()}, max_steps=3, kl_coef=0.0, self_test=True)
     run.train()
     reference = run.penalty.reference
     assert isinstance(reference, AdapterReference)

@@ -375,7 +375,7 @@ def test_twenty_steps_give_the_losses_they_always_gave(tmp_path):
     """KLFT_WRITE_GOLDEN=1 writes them anew; a change to them is a change of what is computed."""
     run = tiny.trainer(
         tmp_path, None, tiny.count_w5, max_steps=20, num_ppo_epochs=2, num_mini_batches=2,
-        gradient_accumulation_steps=2, learning_rate=3e-3, missing_eos_penalty=0.1, whiten_rewards=True,
+        gradient_accumulation_steps=2, learning_rate=3e-3, missing_eos_penalty=0.1, whiten_rewards=True, self_test=True,
     )  # fmt: skip
     run.train()
     found = [{name: log[name] for name in GOLDEN_METRICS if name in log} for log in tiny.step_logs(run)]

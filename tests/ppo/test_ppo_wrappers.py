@@ -23,11 +23,11 @@ def numbers(run):
 @pytest.mark.parametrize("wrapped", [None, *COMPILED[:2]])
 def test_a_compiled_policy_trains_as_one_that_is_not(wrapped, tmp_path):
     torch._dynamo.reset()
-    plain = numbers(tiny.trainer(tmp_path / "plain", tiny.llama(), max_steps=2))
+    plain = numbers(tiny.trainer(tmp_path / "plain", tiny.llama(), max_steps=2, self_test=True))
     model, changed = tiny.llama(), {"torch_compile": True, "torch_compile_backend": "eager"}
     if wrapped is not None:
         model, changed = wrapped(model), {}
-    run = tiny.trainer(tmp_path / "compiled", model, max_steps=2, **changed)
+    run = tiny.trainer(tmp_path / "compiled", model, max_steps=2, self_test=True, **changed)
     assert numbers(run) == pytest.approx(plain, rel=1e-4, abs=1e-6)
     run.save_model(str(tmp_path / "saved"))
     assert "model.embed_tokens.weight" in load_file(tmp_path / "saved" / "model.safetensors")
