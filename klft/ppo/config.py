@@ -123,6 +123,7 @@ VALIDATORS: dict[str, Validator] = {
     "kl_horizon": _COUNT,
     "target_kl": number(above=0, optional=True),
     "cliprange": _POSITIVE,
+    "cliprange_low": number(above=0, optional=True),
     "cliprange_high": number(above=0, optional=True),
     "cliprange_value": _POSITIVE,
     "dual_clip": number(above=1, optional=True),
@@ -232,9 +233,8 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Skip the rest of a rollout once KL(old||new) per token passes this."}
     )
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
-    cliprange_high: float | None = field(
-        default=None, metadata={"help": "Clip of the ratio above 1, where it is another than below (cliprange)."}
-    )
+    cliprange_low: float | None = field(default=None, metadata={"help": "Below 1, instead of cliprange."})
+    cliprange_high: float | None = field(default=None, metadata={"help": "Above 1, instead of cliprange (DAPO)."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value function's change."})
     dual_clip: float | None = field(
         default=None, metadata={"help": "Bound (> 1) on the ratio where the advantage is negative."}
@@ -358,6 +358,12 @@ class PPOConfig(TrainingArguments):
     def rollout_batch_size(self) -> int:
         """Prompts of one rollout, on each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def clip_sides(self) -> tuple[float, float]:
+        """The ratio stays in 1 - first ... 1 + second."""
+        low, high = (self.cliprange if each is None else each for each in (self.cliprange_low, self.cliprange_high))
+        return low, high
 
     @property
     def episodes_per_rollout(self) -> int:

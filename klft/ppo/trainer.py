@@ -266,7 +266,8 @@ class PPOTrainer(Trainer):
         """Sum over a chunk's tokens [n] of PPO's loss and of the KL's, where it belongs there."""
         log_ratio = scores.logp - old_logp
         args = self.args
-        losses, clipped = policy_losses(log_ratio, advantages, args.cliprange, args.dual_clip, args.cliprange_high)
+        low, high = args.clip_sides
+        losses, clipped = policy_losses(log_ratio, advantages, low, args.dual_clip, high)
         with torch.no_grad():
             ratio = log_ratio.exp()
             seen.append(torch.stack([losses, ratio - 1 - log_ratio, ratio, clipped.float(), scores.logp]).detach())

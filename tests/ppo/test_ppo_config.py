@@ -6,6 +6,7 @@ import math
 
 import jaxtyping
 import pytest
+from support import tiny
 from transformers import TrainingArguments
 from trl import ScriptArguments, TrlParser
 
@@ -50,7 +51,7 @@ DEFAULTS = {
 MORE = {
     "normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0,
     "model_init_kwargs": None, "self_test": True, "overwrite_output_dir": False, "chat_template_kwargs": None,
-    "cliprange_high": None,
+    "cliprange_low": None, "cliprange_high": None,
 }  # fmt: skip
 CHANGED = {
     "learning_rate": 3e-6,
@@ -428,3 +429,29 @@ def test_a_config_made_of_anothers_fields_is_taken(config):
     same = {f.name: getattr(first, f.name) for f in dataclasses.fields(first) if f.init and f.name in IGNORED}
     config(**same)
     config(include_num_input_tokens_seen=False, include_for_metrics=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [
+        ({}, (0.2, 0.2)),
+        ({"cliprange_low": 0.1}, (0.1, 0.2)),
+        ({"cliprange_high": 0.3}, (0.2, 0.3)),
+        ({"cliprange": 0.4, "cliprange_low": 0.1, "cliprange_high": 0.3}, (0.1, 0.3)),
+    ],
+)
+def test_the_sides_of_the_clip(tmp_path, given, sides):
+    assert PPOConfig(output_dir=str(tmp_path), use_cpu=True, **given).clip_sides == sides
+
+
+def test_the_trainer_clips_to_both_sides(tmp_path, monkeypatch):
+    from klft.ppo import trainer
+
+    seen = set()
+    plain = trainer.policy_losses
+    spy = lambda log_ratio, advantages, low, dual, high: (
+        seen.add((low, high)) or plain(log_ratio, advantages, low, dual, high)
+    )
+    monkeypatch.setattr(trainer, "policy_losses", spy)
+    tiny.trainer(tmp_path, max_steps=1, cliprange_low=0.1, cliprange_high=0.3).train()
+    assert seen == {(0.1, 0.3)}
