@@ -344,6 +344,7 @@ class PPOConfig(TrainingArguments):
             "num_completions_to_print",
             "kl_log_tokens",
             "overwrite_output_dir",
+            "self_test",
         }
         own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
