@@ -39,7 +39,7 @@ def test_rows_that_hold_probability_are_not_cut(wide, tmp_path):
     run = tiny.trainer(tmp_path / "a", models["policy"], given=given, max_steps=3, self_test=False)
     with pytest.raises(ValueError, match="40 vocabulary rows, the other 32, and the ids from 32 on are no padding"):
         run.train()
-    run = tiny.trainer(tmp_path / "b", models["policy"], given=given, max_steps=3)
+    run = tiny.trainer(tmp_path / "b", models["policy"], given=given, max_steps=3, self_test=True)
     with pytest.raises(RuntimeError, match=rf"vocabulary: the {wide}'s head has 40 rows, the other 32.* no padding"):
         run.train()
 
