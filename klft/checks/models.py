@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from klft.checks.setup import Check, Setup, apart, ok, problem
-from klft.models import causal_inputs, check_vocabularies, evaluating, vocab_size
+from klft.checks.setup import Check, Setup, largest_kl, ok, problem
+from klft.models import CUT_MASS, causal_inputs, check_vocabularies, evaluating, vocab_size
 
-CUT_MASS = 1e-3  # probability that ids without a row in the other head may hold: they are padding
 UNRELATED = 0.9  # relative distance of weights past which one model did not come from the other
 
 # ---- one model by itself ---------------------------------------------------------------------------------------------
@@ -19,14 +18,14 @@ UNRELATED = 0.9  # relative distance of weights past which one model did not com
 def check_repeatable(setup: Setup, role: str) -> Check:
     """The same rows twice in eval mode."""
     name = f"{role}: repeatable"
-    logits = setup.logits_of(role)
-    bad = (~logits.isfinite()).any(-1) & setup.batch[1].bool()
-    if bool((logits.isnan().any(-1) & setup.batch[1].bool()).any()):
-        row, column = bad.nonzero()[0].tolist()
+    logits, real = setup.logits_of(role), setup.real
+    nonfinite = logits.isnan().any(-1) & real
+    if bool(nonfinite.any()):
+        row, column = nonfinite.nonzero()[0].tolist()
         return problem(name, f"its logits are NaN (sample {row}, position {column}): look for NaN among its weights")
     if not setup.low_precision and check_head(setup, role).status == "ok":  # a second forward, to the last digit
         return ok(name, "the same rows twice have the same probabilities")
-    off = apart(setup.logits_again(role, *setup.batch)[setup.batch[1].bool()], logits[setup.batch[1].bool()])
+    off = largest_kl(setup.logits_again(role, *setup.batch)[real], logits[real])
     if off > setup.kl_tolerance / 100:
         return problem(
             name, f"the same rows twice in eval mode are {off:.1e} nats apart: something random is on (a router's "
@@ -41,7 +40,7 @@ def check_padding(setup: Setup, role: str) -> Check:
     short = setup.short
     alone = setup.logits_again(role, short[None], torch.ones_like(short[None]))[0]
     logits = setup.logits_of(role)
-    off = {"left": apart(logits[1, -len(short) :], alone), "right": apart(logits[2, : len(short)], alone)}
+    off = {"left": largest_kl(logits[1, -len(short) :], alone), "right": largest_kl(logits[2, : len(short)], alone)}
     side = max(off, key=lambda each: off[each])
     if off[side] > setup.kl_tolerance:
         return problem(
@@ -96,8 +95,8 @@ OF_ONE = {"repeatable": check_repeatable, "padding": check_padding, "head": chec
 def check_start(setup: Setup) -> Check:
     """KL(policy, reference), which is 0 where one is the other."""
     name = "start"
-    real = setup.batch[1].bool()
-    off = apart(setup.policy_logits[real], setup.reference_logits[real])
+    real = setup.real
+    off = largest_kl(setup.policy_logits[real], setup.reference_logits[real])
     if setup.starts_equal and off > setup.kl_tolerance:
         return problem(
             name, f"the policy starts as the reference, and their KL is {off:.1e} nats: one of the two is not what it "
@@ -127,12 +126,12 @@ def check_independent(setup: Setup) -> Check:
         if any(p.requires_grad for p in setup.policy.parameters()):
             return Check(name, "skipped", "the trained weights lie on other processes (ZeRO-3)")
         return problem("policy moves", "no weight of the policy is trainable: call requires_grad_(True)")
-    real = setup.batch[1].bool()
+    real = setup.real
     policy, reference = setup.policy_logits[real], setup.reference_logits[real]
     with _changed(trained):
-        moved = apart(setup.logits_again("policy", *setup.batch)[real], policy)
+        moved = largest_kl(setup.logits_again("policy", *setup.batch)[real], policy)
         followed = setup.logits_again("reference", *setup.batch)[real]
-    if not torch.equal(followed, reference) and apart(followed, reference) > setup.kl_tolerance / 100:
+    if not torch.equal(followed, reference) and largest_kl(followed, reference) > setup.kl_tolerance / 100:
         return problem(
             name, "weights that are trained move the reference: its adapter is not off, or it shares memory with the "
             "policy. Load the reference a second time"
@@ -174,7 +173,7 @@ def check_vocabulary(setup: Setup) -> Check:
     wider = max(sizes, key=lambda role: sizes[role])
     if sizes[wider] == shared:
         return ok(name, f"both heads have {shared:,} rows")
-    held = setup.logits_of(wider)[setup.batch[1].bool()].float().softmax(-1)[:, shared:].sum(-1).max()
+    held = setup.logits_of(wider)[setup.real].float().softmax(-1)[:, shared:].sum(-1).max()
     if held > CUT_MASS:
         return problem(
             name, f"the {wider}'s head has {sizes[wider]:,} rows, the other {shared:,}, and the ids that are cut hold "

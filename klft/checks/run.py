@@ -35,10 +35,10 @@ def run_checks(setup: Setup, rollout: Rollout | None = None) -> list[Check]:
         todo.append(("mask", lambda: training.check_mask(rollout, setup.tokenizer)))
         if rollout.logp is not None:
             todo.append(("sampling", lambda: training.check_sampling(setup, rollout)))
-    return [_guarded(name, check) for name, check in todo]
+    return [_run(name, check) for name, check in todo]
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _run(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:

@@ -104,6 +104,11 @@ class Setup:
         return ids, mask.long()
 
     @property
+    def real(self) -> Bool[Tensor, "3 L"]:
+        """Where the batch has a token."""
+        return self.batch[1].bool()
+
+    @property
     def short(self) -> Int[Tensor, "S"]:
         """The short text."""
         return self.tokens.flip(0)[: max(2, len(self.tokens) // 2)]
@@ -134,7 +139,7 @@ class Setup:
         return self.reference_logits if role == "reference" else self.policy_logits
 
 
-def apart(logits: Tensor, others: Tensor) -> float:
+def largest_kl(logits: Tensor, others: Tensor) -> float:
     """The largest KL of a token, in nats; infinite where one of the two is not a number."""
     size = min(logits.shape[-1], others.shape[-1])
     kl = reverse_kl(logits[..., :size].float(), others[..., :size].float())

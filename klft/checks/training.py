@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from klft.checks.setup import Check, Rollout, Setup, apart, ok, problem
+from klft.checks.setup import Check, Rollout, Setup, largest_kl, ok, problem
 from klft.fused import token_scores
 from klft.masked import token_logps
 from klft.models import causal_inputs, evaluating
@@ -36,8 +36,8 @@ def check_loss_mode(setup: Setup) -> Check:
         for module, mode in modes:
             module.training = mode
     flows = logits.requires_grad
-    logits, real = logits.detach(), mask.bool()
-    off = apart(logits[real], setup.policy_logits[real])
+    logits, real = logits.detach(), setup.real
+    off = largest_kl(logits[real], setup.policy_logits[real])
     if off > setup.kl_tolerance:
         return problem(
             name, f"the policy has other probabilities in the loss than when it is scored (KL {off:.1e} nats), so the "
@@ -73,16 +73,16 @@ def check_ranks(setup: Setup) -> Check:
         return Check(name, "skipped", "the weights are split over processes")
     of_policy = [p.detach().double().sum() for p in setup.policy.parameters()]
     try:
-        of_reference = setup.reference_logits[setup.batch[1].bool()].double().sum()
+        of_reference = setup.reference_logits[setup.real].double().sum()
     except Exception:  # here only, perhaps: the other ranks must not wait for this one
         of_reference = torch.full_like(of_policy[0], math.nan)
     sums = torch.stack([*of_policy, of_reference])
     every = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(every, sums)
-    apart = [rank for rank, each in enumerate(every) if not torch.allclose(each, every[0], rtol=1e-6, atol=1e-6)]
-    if apart:
+    differing = [rank for rank, each in enumerate(every) if not torch.allclose(each, every[0], rtol=1e-6, atol=1e-6)]
+    if differing:
         return problem(
-            name, f"rank(s) {apart} have other weights than rank 0: seed them alike, or wrap the policy "
+            name, f"rank(s) {differing} have other weights than rank 0: seed them alike, or wrap the policy "
             "(accelerator.prepare, DistributedDataParallel), which copies rank 0's"
         )  # fmt: skip
     return ok(name, f"all {len(every)} have the same weights")

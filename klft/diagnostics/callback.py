@@ -123,9 +123,8 @@ class TokenKLCallback(TrainerCallback):
             raise ValueError("TokenKLCallback needs the tokenizer: give the Trainer a processing_class")
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
-        self._template = getattr(
-            args, "chat_template_kwargs", None
-        )  # the training's, as PPO's and TRL's trainers have it
+        # The training's, as PPO's and TRL's trainers have it.
+        self._template = getattr(args, "chat_template_kwargs", None)
         self.reference = reference = resolve_reference(self.reference, model)
         self._shared_vocab = min(vocab_size(model), reference.vocab_size)
         check_vocabularies(self._tokenizer, policy=vocab_size(model), reference=reference.vocab_size)

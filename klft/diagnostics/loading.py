@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import nn
 
-from klft.models import LOADING_INFO, check_loading, check_tokenizers, require_causal_lm
+from klft.models import LOADING_INFO, VALUE_MODULES, check_loading, check_tokenizers, require_causal_lm
 from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import AdapterReference, FrozenReference, Reference
 
@@ -34,7 +34,6 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "p
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT = 5.0  # seconds in which the hub answers, or is not asked: the libraries would try again for a minute
-VALUE_FUNCTION = {"v_head", "value_model"}  # PPO's, which rides along in an adapter's file
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 
@@ -205,7 +204,7 @@ def _adapted(model: Any, name: str, config: Any) -> Any:
     result = set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu", **_source(name)))
     marks = (getattr(adapted.base_model, "prefix", None) or "modules_to_save.default", "modules_to_save.default")
     missing = [key for key in result.missing_keys if any(mark in key for mark in marks) and not _shared(key)]
-    unexpected = [key for key in result.unexpected_keys if not VALUE_FUNCTION & set(key.split("."))]
+    unexpected = [key for key in result.unexpected_keys if not VALUE_MODULES & set(key.split("."))]
     if missing or unexpected:
         counts = {"has no place for": unexpected, "finds no": missing}
         said = [
