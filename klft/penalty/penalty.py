@@ -14,9 +14,6 @@ Without logits: `measure_hidden` in the place of `measure`, and inside fused_tok
 """
 
 import logging
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +22,13 @@ from torch import Tensor, nn
 
 from klft.controllers import Controller, FixedKL, check_controller
 from klft.divergences import reverse_kl
-from klft.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, k3
+from klft.estimators import DIRECTIONS, estimate_kl, k3
 from klft.fused import as_head, token_scores
 from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
+from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement, warn_of
+from klft.penalty.token_kl import TokenKL, TokenRule
 from klft.references import Reference, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
@@ -41,77 +40,6 @@ if TYPE_CHECKING:
     from klft.fused.functions import ChunkScores
 
 logger = logging.getLogger(__name__)
-
-PLACEMENTS = ("reward", "loss", "both")
-ESTIMATES = ("k1", "k2", "k3", "exact")
-
-TokenRule = Callable[[Tensor | None, Tensor, TokenScores], Tensor]
-"""(token_ids, mask, scores), [*B] each -> weight [*B], >= 0: how much each token counts."""
-
-
-@dataclass(frozen=True)
-class TokenKL:
-    """Scores of tokens, which of them count, and how much: what every part of a penalty is computed from.
-
-    KLPenalty's measure functions fill it. *B is [B, T], sequences in rows, where rewards or sequences are asked for; a
-    loss takes any shape.
-    """
-
-    scores: TokenScores
-    mask: Bool[Tensor, "*B"]  # True where a token counts
-    behaviour_logp: Float[Tensor, "*B"] | None = None  # of the policy that sampled, if that was not the one scored
-    token_ids: Int[Tensor, "*B"] | None = None
-    weight: Float[Tensor, "*B"] | None = None  # of each token's KL, in rewards, losses, metrics; None: 1
-    one_sided_ids: tuple[int, ...] = ()  # where a KL is infinite: ids that only one of the models suppresses
-
-    @property
-    def counted(self) -> Bool[Tensor, "*B"]:
-        """True where the mask holds and the weight is not 0."""
-        return self.mask if self.weight is None else self.mask & (self.weight != 0)
-
-    @property
-    def weights(self) -> Float[Tensor, "*B"]:
-        """The weight of every token, 1 by default."""
-        return torch.ones_like(self.scores.logp) if self.weight is None else self.weight
-
-
-def check_combination(direction: str, estimator: str, placement: str) -> None:
-    """Raise ValueError for what carries no gradient, or twice the wrong one."""
-    if estimator != "exact" and (direction, estimator) not in ESTIMATORS:
-        raise ValueError(f"there is no {estimator} of the {direction} KL; use k1, k3 or exact")
-    if estimator == "k1" and placement != "reward":
-        raise ValueError(
-            "k1 as a loss has a gradient of zero in expectation: it would do nothing but add noise. "
-            "Use placement='reward' with k1, or estimator='k2', 'k3' or 'exact' in the loss."
-        )
-    if placement == "both" and estimator != "exact" and (direction, estimator) != ("reverse", "k3"):
-        raise ValueError(
-            f"{direction} {estimator} in the reward and in the loss counts the KL twice, with a gradient of neither. "
-            "placement='both' goes with estimator='exact', or with 'k3' of the reverse KL."
-        )
-
-
-def effective_placement(estimator: str, placement: str) -> str:
-    """The placement that is used: exact KL in the reward alone has a wrong gradient, so its loss part goes with it."""
-    return "both" if (estimator, placement) == ("exact", "reward") else placement
-
-
-def _warn_of(direction: str, estimator: str, placement: str) -> None:
-    """Say by name which wrong gradient a legal combination has."""
-    wrong = {
-        ("reverse", "k2"): "its expected gradient is not that of a KL",
-        ("reverse", "k3"): "its expected gradient is about zero near the reference",
-        ("reverse", "exact"): "alone it has the wrong gradient, since a token's own exact KL does not depend on it",
-        ("forward", "exact"): "alone it has the wrong gradient, since a token's own exact KL does not depend on it",
-        ("forward", "k1"): "its expected gradient is not that of the forward KL",
-        ("forward", "k3"): "its expected gradient is not that of the forward KL",
-    }.get((direction, estimator))
-    if placement != "reward" or wrong is None:
-        return
-    way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
-    if estimator == "exact":
-        way_out = "klft adds the differentiable loss that belongs to it; say placement='both' to mean that"
-    warnings.warn(f"{direction} {estimator} in the reward: {wrong}. {way_out}.", stacklevel=3)
 
 
 class KLPenalty:
@@ -153,7 +81,7 @@ class KLPenalty:
         check_combination(direction, estimator, placement)
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
-        _warn_of(direction, estimator, placement)
+        warn_of(direction, estimator, placement)
         check_controller(controller, "KLPenalty")
         self.reference = resolve_reference(reference)
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip

@@ -1,0 +1,39 @@
+"""TokenKL: scores of tokens, which of them count, and how much."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from klft.scores import TokenScores
+
+TokenRule = Callable[[Tensor | None, Tensor, TokenScores], Tensor]
+"""(token_ids, mask, scores), [*B] each -> weight [*B], >= 0: how much each token counts."""
+
+
+@dataclass(frozen=True)
+class TokenKL:
+    """Scores of tokens, which of them count, and how much: what every part of a penalty is computed from.
+
+    KLPenalty's measure functions fill it. *B is [B, T], sequences in rows, where rewards or sequences are asked for; a
+    loss takes any shape.
+    """
+
+    scores: TokenScores
+    mask: Bool[Tensor, "*B"]  # True where a token counts
+    behaviour_logp: Float[Tensor, "*B"] | None = None  # of the policy that sampled, if that was not the one scored
+    token_ids: Int[Tensor, "*B"] | None = None
+    weight: Float[Tensor, "*B"] | None = None  # of each token's KL, in rewards, losses, metrics; None: 1
+    one_sided_ids: tuple[int, ...] = ()  # where a KL is infinite: ids that only one of the models suppresses
+
+    @property
+    def counted(self) -> Bool[Tensor, "*B"]:
+        """True where the mask holds and the weight is not 0."""
+        return self.mask if self.weight is None else self.mask & (self.weight != 0)
+
+    @property
+    def weights(self) -> Float[Tensor, "*B"]:
+        """The weight of every token, 1 by default."""
+        return torch.ones_like(self.scores.logp) if self.weight is None else self.weight
