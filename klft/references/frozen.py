@@ -85,6 +85,16 @@ class ModelReference:
             self._check_padding(inputs["attention_mask"])
             return hidden_and_head(self.model, inputs, keep)
 
+    def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
+        """(hidden states at all positions, head) of one forward of the backbone with these very keyword arguments, as
+        another model's backbone got them: positions, packing and images come along. TypeError as for `hidden`.
+        """
+        device = next(self.model.parameters()).device
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with self._scoring():
+            hidden = base_of(self.model).base_model(**inputs).last_hidden_state
+            return hidden, LMHead.from_model(self.model)
+
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
