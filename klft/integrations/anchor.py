@@ -1,0 +1,182 @@
+"""KLAnchorMixin: a KL penalty in the loss of somebody else's trainer.
+
+    class AnchoredSFT(KLAnchorMixin, SFTTrainer): ...     # tokens: labels other than -100; so in transformers.Trainer
+    class AnchoredGRPO(KLAnchorMixin, GRPOTrainer): ...   # tokens: completion_mask * tool_mask
+
+    penalty = KLPenalty(ref_model, direction="forward", estimator="exact", placement="loss", controller=FixedKL(0.1))
+    trainer = AnchoredSFT(model, args=..., train_dataset=..., penalty=penalty)
+
+One forward of the policy: a hook on its backbone keeps the hidden states that the trainer's own loss is computed from;
+the reference is called with the very same arguments; the KL is taken from both without logits, divided as this trainer
+divides its loss, and added to it. With a coefficient of 0 training is bit for bit what it was, and the KL is measured.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from klft.integrations.backbone import BackboneCalls
+from klft.integrations.batch import Batch, completion_batch, labelled_batch
+from klft.integrations.checks import check_anchor, trains_completions
+from klft.integrations.measure import Measured, Measurements, PolicySide, measure
+from klft.masked import scatter_masked
+from klft.models import base_of, evaluating
+from klft.penalty import KLPenalty
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Base = Trainer
+else:
+    _Base = object
+
+_CHARGED = "klft_charged"  # in a batch whose advantages hold the KL of later tokens
+
+
+class KLAnchorMixin(_Base):
+    """Adds coef * KL per token to a trainer's loss, and `kl/...` to its logs. Put it before the trainer class.
+
+    Args:
+        penalty: a KLPenalty; or, where the trainer itself makes the policy (from a name, with a peft_config), a
+            function of the policy that gives one: `lambda model: KLPenalty(AdapterReference(model), ...)`.
+            In a trainer of labelled texts estimator="exact", placement="loss". In GRPOTrainer every other as well: what
+            belongs in the reward goes into per-token advantages, once per rollout, before its first update.
+        measure_every: write the tokens of every so many optimizer steps to output_dir/kl, and a page in the end;
+            0: never. With a coefficient of 0 the KL is measured in those steps alone (0: in all).
+
+    The controller is shown nats per sequence once per optimizer step. A clone of the reference's body is not made: its
+    forward runs once per micro-batch. Raises ValueError or TypeError for what cannot be right, before training, and
+    RuntimeError, naming the versions, where transformers or TRL are not as this klft knows them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        penalty: KLPenalty | Callable[[nn.Module], KLPenalty],
+        measure_every: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        assert self.model is not None
+        self.penalty = penalty if isinstance(penalty, KLPenalty) else penalty(self.model)
+        check_anchor(self, self.penalty, measure_every)
+        for side in (sides := PolicySide.of(self.penalty, self.args)):
+            side.reference.to(self.args.device)
+        self._anchor = _Anchor(self, self.penalty, sides, measure_every)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's loss, and coef * KL."""
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        anchor = self._anchor
+        if not anchor.due:
+            return super().compute_loss(model, inputs, **options)
+        batch = anchor.batch(inputs, num_items_in_batch)  # before the trainer takes labels out of it
+        anchor.charge(model, inputs, batch)
+        with BackboneCalls(model) as calls:
+            result: Any = super().compute_loss(model, inputs, **options)
+        kl_loss = anchor.measure(model, calls, batch, num_items_in_batch)
+        if kl_loss is None:
+            return result
+        return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With `kl/...` since the last log, of all processes; `eval_kl/...` in evaluation."""
+        if "loss" in logs or any(name.startswith("eval_") for name in logs):  # the Trainer's own: on all processes
+            logs |= self._anchor.metrics(evaluation="loss" not in logs)
+        super().log(logs, start_time)
+
+
+class _Anchor:
+    """The penalty at work in a trainer: which tokens, their KL, the window of an optimizer step, what to log."""
+
+    def __init__(self, trainer: Any, penalty: KLPenalty, sides: list[PolicySide], measure_every: int):
+        self.trainer, self.penalty, self.sides, self.measure_every = trainer, penalty, sides, measure_every
+        self.completions = trains_completions(trainer)
+        self.train, self.evaluation = Measurements(), Measurements()
+        self.window = torch.zeros(3, dtype=torch.float64)  # nats, sequences, tokens, of the optimizer step so far
+
+    @property
+    def due(self) -> bool:
+        """Whether this batch's KL is wanted."""
+        return bool(self.penalty.coef) or not self.trainer.model.training or self._nth_step
+
+    @property
+    def _nth_step(self) -> bool:
+        return not self.measure_every or self.trainer.state.global_step % self.measure_every == 0
+
+    def batch(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
+        """The tokens that count."""
+        return (
+            completion_batch(self.trainer, inputs)
+            if self.completions
+            else (labelled_batch(self.trainer, inputs, num_items))
+        )
+
+    def measure(
+        self, model: nn.Module, calls: BackboneCalls, batch: Batch, num_items: Tensor | int | None
+    ) -> Tensor | None:
+        """coef * KL in the trainer's own normalisation, or None where nothing belongs in the loss."""
+        training = self.trainer.model.training
+        with self.trainer.accelerator.autocast():
+            measured = measure(self.penalty, self.sides, model, calls.only(), batch)
+        (self.train if training else self.evaluation).add(measured)
+        if training:
+            self._close_window(measured, num_items)
+        return measured.loss
+
+    def _close_window(self, measured: Measured, num_items: Tensor | int | None) -> None:
+        """Once per optimizer step: show the controller all its sequences, and compare the count with the trainer's."""
+        nats, episodes = self.penalty.sequence_kl(measured.kl)
+        self.window += torch.tensor([nats * episodes, episodes, len(measured.token_ids)], dtype=torch.float64)
+        accelerator = self.trainer.accelerator
+        if not accelerator.sync_gradients:
+            return
+        local = self.window.to(accelerator.device, torch.float64)
+        self.window = torch.zeros_like(self.window)
+        total = accelerator.reduce(local, "sum")
+        if num_items is not None and not self.completions:
+            across = self.trainer.args.average_tokens_across_devices
+            counted = float((total if across else local)[2]) / (self.trainer.get_tp_size() if across else 1)
+            if counted != float(num_items):
+                raise RuntimeError(
+                    f"KLAnchorMixin counts {counted:.0f} tokens in this optimizer step and the trainer "
+                    f"{float(num_items):.0f}: their sums would be divided differently. Check the labels that the data "
+                    "collator gives: a row's first token is predicted by nothing and its label must be -100 or unused"
+                )
+        nats, episodes = total[:2].tolist()
+        if episodes:
+            self.penalty.controller.update(nats / episodes, int(episodes))
+
+    @torch.no_grad()
+    def charge(self, model: nn.Module, inputs: dict[str, Any], batch: Batch) -> None:
+        """GRPO: take coef * the KL that a token leads to out of its advantage, once per rollout."""
+        if self.penalty.placement == "loss" or not self.penalty.coef or _CHARGED in inputs:
+            return
+        if "pixel_values" in inputs:
+            raise ValueError("KLAnchorMixin: a penalty in the reward does not go with images; use placement='loss'")
+        forward = {"input_ids": batch.token_ids, "attention_mask": batch.real.long(), "use_cache": False}
+        with evaluating(model), BackboneCalls(model) as calls, self.trainer.accelerator.autocast():
+            base_of(model).base_model(**forward)
+            kl = measure(self.penalty, self.sides, model, calls.only(), batch, with_loss=False).kl
+        to_go = self.penalty.reward_kl(kl).flip(1).cumsum(1).flip(1)
+        charged = scatter_masked(to_go[kl.mask], batch.counted)[:, inputs["prompt_ids"].shape[1] :]
+        advantages = inputs["advantages"]
+        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+        # TRL hands the same dictionary back in every pass over a rollout.
+        inputs["advantages"], inputs[_CHARGED] = advantages - self.penalty.coef * charged.to(advantages), True
+
+    def metrics(self, evaluation: bool) -> dict[str, float]:
+        """kl/... since the last call, of all processes."""
+        measurements = self.evaluation if evaluation else self.train
+        metrics = measurements.take(self.trainer.accelerator, sampled=self.completions)
+        if metrics:
+            metrics["kl/coef"] = self.penalty.coef
+        return {f"eval_{name}": value for name, value in metrics.items()} if evaluation else metrics

@@ -1,0 +1,85 @@
+"""What KLAnchorMixin refuses before training, each by name and with a way out."""
+
+from typing import Any
+
+from torch import nn
+
+from klft.integrations.backbone import versions
+from klft.models import require_causal_lm, unwrap
+from klft.penalty import KLPenalty
+
+_KNOWN = ("Trainer", "SFTTrainer", "GRPOTrainer")
+
+
+def _owner(trainer: Any) -> type:
+    """The class of transformers or TRL whose compute_loss is at work, below the mixin and the user's own classes."""
+    defining = [cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls)]
+    return next(cls for cls in defining if cls.__module__.partition(".")[0] in ("transformers", "trl"))
+
+
+def trains_completions(trainer: Any) -> bool:
+    """Whether the trainer's batches are completions that the policy sampled (GRPO), not labelled texts."""
+    return _owner(trainer).__name__ == "GRPOTrainer"
+
+
+def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
+    """Raise ValueError or TypeError for a trainer, a penalty or a model that KLAnchorMixin cannot be right with."""
+    if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
+        raise ValueError(f"KLAnchorMixin: measure_every must be a whole number >= 0, got {measure_every!r}")
+    _check_trainer(trainer)
+    _check_penalty(trainer, penalty)
+    _check_model(trainer.model, penalty)
+
+
+def _check_trainer(trainer: Any) -> None:
+    owner = _owner(trainer)
+    if owner.__name__ not in _KNOWN:
+        instead = "KLReward, as one of its reward_funcs" if owner.__name__ == "RLOOTrainer" else "a loop of your own"
+        raise TypeError(
+            f"KLAnchorMixin knows the losses of {', '.join(_KNOWN)} and what derives from them, not that of "
+            f"{owner.__name__} ({versions()}); use {instead}"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError("KLAnchorMixin does not go with nn.DataParallel: start it with accelerate launch")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "KLAnchorMixin does not go with context or sequence parallelism: each process sees a part of a text, and "
+            "the reference would too. Shard with FSDP2 or tensor parallelism instead"
+        )
+    if trains_completions(trainer) and trainer.args.beta:
+        raise ValueError(
+            f"KLAnchorMixin: GRPOConfig has beta={trainer.args.beta}, which counts the KL twice: set beta=0"
+        )
+
+
+def _check_penalty(trainer: Any, penalty: KLPenalty) -> None:
+    if trains_completions(trainer):
+        return
+    if penalty.placement != "loss":
+        raise ValueError(
+            f"KLAnchorMixin: placement={penalty.placement!r} needs rewards, and {_owner(trainer).__name__} has none: "
+            "use placement='loss'"
+        )
+    if penalty.estimator != "exact":
+        raise ValueError(
+            f"KLAnchorMixin: estimator={penalty.estimator!r} estimates a KL from tokens that the policy sampled, and "
+            "labels are given texts: use estimator='exact', which costs the same"
+        )
+
+
+def _check_model(model: nn.Module, penalty: KLPenalty) -> None:
+    require_causal_lm(model, "policy")
+    learnt = [name for name, c in getattr(unwrap(model), "peft_config", {}).items() if c.is_prompt_learning]
+    if learnt:
+        raise ValueError(
+            f"KLAnchorMixin: adapter {learnt[0]!r} learns a prompt, whose virtual tokens shift every position against "
+            "the reference's: use an adapter of weights, as LoRA is"
+        )
+    for reference in [part for _, part in getattr(penalty.reference, "parts", None) or [(1.0, penalty.reference)]]:
+        reference.check_independent(model)
+        if not hasattr(reference, "hidden_of"):
+            raise TypeError(
+                f"KLAnchorMixin: {type(reference).__name__} has no hidden states to be compared (hidden_of): use it in "
+                "a loop of your own, with KLPenalty.measure"
+            )
