@@ -46,7 +46,10 @@ OUTSIDE = {
 }
 INSIDE_FUNCTIONS_BELOW_6 = {"transformers", "peft", "accelerate", "trl"}
 BUDGET = 9_000  # lines of code in klft/: what is added must be worth its share
-BRIDGES = {"klft/ppo/tokens.py": "diagnostics"}  # kl_log_tokens writes their tables; loaded only when it is asked for
+BRIDGES = {  # who writes the tables of diagnostics; loaded only when they are asked for
+    "klft/ppo/tokens.py": "diagnostics",
+    "klft/integrations/tokens.py": "diagnostics",
+}
 PRIVATE_PARTS = ("trl.experimental", "trl.trainer.utils", "trl.kernels")
 
 

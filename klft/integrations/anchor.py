@@ -12,21 +12,26 @@ divides its loss, and added to it. With a coefficient of 0 training is bit for b
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from klft.integrations.backbone import BackboneCalls
 from klft.integrations.batch import Batch, completion_batch, labelled_batch
-from klft.integrations.checks import check_anchor, trains_completions
+from klft.integrations.checks import check_anchor, run_self_test, trains_completions
 from klft.integrations.measure import Measured, Measurements, PolicySide, measure
 from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
 from klft.penalty import KLPenalty
+from klft.writing import KL_FILES, check_unused
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from klft.integrations.tokens import TokenTables
 
     _Base = Trainer
 else:
@@ -45,6 +50,7 @@ class KLAnchorMixin(_Base):
             belongs in the reward goes into per-token advantages, once per rollout, before its first update.
         measure_every: write the tokens of every so many optimizer steps to output_dir/kl, and a page in the end;
             0: never. With a coefficient of 0 the KL is measured in those steps alone (0: in all).
+        self_test: check policy, reference and optimizer on three short rows before the first step.
 
     The controller is shown nats per sequence once per optimizer step. A clone of the reference's body is not made: its
     forward runs once per micro-batch. Raises ValueError or TypeError for what cannot be right, before training, and
@@ -56,6 +62,7 @@ class KLAnchorMixin(_Base):
         *args: Any,
         penalty: KLPenalty | Callable[[nn.Module], KLPenalty],
         measure_every: int = 0,
+        self_test: bool = True,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -65,6 +72,8 @@ class KLAnchorMixin(_Base):
         for side in (sides := PolicySide.of(self.penalty, self.args)):
             side.reference.to(self.args.device)
         self._anchor = _Anchor(self, self.penalty, sides, measure_every)
+        self._anchor.tested = not self_test
+        self.add_callback(AnchorCallback(self._anchor))
 
     def compute_loss(
         self,
@@ -78,6 +87,7 @@ class KLAnchorMixin(_Base):
         anchor = self._anchor
         if not anchor.due:
             return super().compute_loss(model, inputs, **options)
+        anchor.test_once(model)
         batch = anchor.batch(inputs, num_items_in_batch)  # before the trainer takes labels out of it
         anchor.charge(model, inputs, batch)
         with BackboneCalls(model) as calls:
@@ -102,6 +112,8 @@ class _Anchor:
         self.completions = trains_completions(trainer)
         self.train, self.evaluation = Measurements(), Measurements()
         self.window = torch.zeros(3, dtype=torch.float64)  # nats, sequences, tokens, of the optimizer step so far
+        self.tested = False
+        self.tables: TokenTables | None = None
 
     @property
     def due(self) -> bool:
@@ -111,6 +123,12 @@ class _Anchor:
     @property
     def _nth_step(self) -> bool:
         return not self.measure_every or self.trainer.state.global_step % self.measure_every == 0
+
+    def test_once(self, model: nn.Module) -> None:
+        """Before the first training step."""
+        if not self.tested and self.trainer.model.training:
+            run_self_test(self.trainer, model, self.sides)
+            self.tested = True
 
     def batch(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
         """The tokens that count."""
@@ -125,8 +143,12 @@ class _Anchor:
     ) -> Tensor | None:
         """coef * KL in the trainer's own normalisation, or None where nothing belongs in the loss."""
         training = self.trainer.model.training
+        tables = self.tables if training and self._nth_step else None
         with self.trainer.accelerator.autocast():
-            measured = measure(self.penalty, self.sides, model, calls.only(), batch)
+            top_k = 0 if tables is None else tables.top_k
+            measured = measure(self.penalty, self.sides, model, calls.only(), batch, top_k=top_k)
+        if tables is not None:
+            tables.add(self.trainer.state.global_step, batch, measured.scores)
         (self.train if training else self.evaluation).add(measured)
         if training:
             self._close_window(measured, num_items)
@@ -180,3 +202,34 @@ class _Anchor:
         if metrics:
             metrics["kl/coef"] = self.penalty.coef
         return {f"eval_{name}": value for name, value in metrics.items()} if evaluation else metrics
+
+
+class AnchorCallback(TrainerCallback):
+    """What an anchor does at the ends of training and of a step."""
+
+    def __init__(self, anchor: _Anchor):
+        self._anchor = anchor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        anchor = self._anchor
+        if anchor.measure_every and anchor.tables is None:
+            from klft.integrations.tokens import TokenTables
+
+            folder = Path(args.output_dir or ".")
+            if not state.global_step:
+                check_unused(folder, KL_FILES, "Resume it, remove them, or name another output_dir.")
+            anchor.tables = TokenTables(anchor.trainer)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        for side in self._anchor.sides:
+            side.reference.after_step(self._anchor.trainer.model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self._anchor.tables is not None:
+            self._anchor.tables.close()

@@ -1,12 +1,18 @@
 """What KLAnchorMixin refuses before training, each by name and with a way out."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from klft.checks import Check, Setup, run_checks
+from klft.checks.setup import largest_kl, ok, problem
 from klft.integrations.backbone import versions
-from klft.models import require_causal_lm, unwrap
+from klft.models import base_of, evaluating, require_causal_lm, unwrap
 from klft.penalty import KLPenalty
+
+if TYPE_CHECKING:
+    from klft.integrations.measure import PolicySide
 
 _KNOWN = ("Trainer", "SFTTrainer", "GRPOTrainer")
 
@@ -83,3 +89,58 @@ def _check_model(model: nn.Module, penalty: KLPenalty) -> None:
                 f"KLAnchorMixin: {type(reference).__name__} has no hidden states to be compared (hidden_of): use it in "
                 "a loop of your own, with KLPenalty.measure"
             )
+
+
+# ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def run_self_test(trainer: Any, model: nn.Module, sides: list["PolicySide"]) -> None:
+    """klft.checks on the policy and each reference, and whether their backbones give what their heads read.
+
+    Draws no random number of the run's; leaves weights, modes and gradients as they were. Raises RuntimeError, naming
+    what is wrong and what to do, on every process that found it.
+    """
+    policy, accelerator = unwrap(model), trainer.accelerator
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    wrong: dict[str, str] = {}
+    with torch.random.fork_rng(devices), accelerator.autocast():
+        for side in sides:
+            setup = Setup(
+                policy, side.reference, tokenizer, optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+                temperature=side.scorer.temperature, starts_equal=False, loss_mode=policy.eval,
+                low_precision=True if accelerator.mixed_precision != "no" else None,
+            )  # fmt: skip
+            checks = [*run_checks(setup), _check_backbone(setup, "policy"), _check_backbone(setup, "reference")]
+            wrong |= {check.name: check.text for check in checks if check.status == "problem"}
+    if not trains_completions(trainer):  # texts are padded on the right
+        wrong = {name: text for name, text in wrong.items() if not name.endswith("padding")}
+    if wrong:
+        text = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+        raise RuntimeError(f"KLAnchorMixin, before the first step: {text}. (self_test=False leaves it out)")
+
+
+@torch.no_grad()
+def _check_backbone(setup: Setup, role: str) -> Check:
+    """Whether the backbone's last hidden state times the head gives the model's own logits."""
+    name, ids = f"{role}: backbone", setup.tokens[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        if role == "policy":
+            with evaluating(setup.policy):
+                hidden = base_of(setup.policy).base_model(**inputs).last_hidden_state
+                head = setup.scorer.policy_head(setup.policy)
+        else:
+            hidden, head = setup.reference.hidden_of(inputs)  # pyright: ignore - check_anchor saw that it is there
+    except TypeError as error:
+        return problem(name, f"its KL cannot be taken without logits: {error}")
+    if head.shard is not None:
+        return Check(name, "skipped", "the head is split over processes")
+    ours, own = head.logits(hidden), setup.logits_again(role, ids, inputs["attention_mask"]).to(hidden.device)
+    off = largest_kl(ours, own)
+    if off > setup.kl_tolerance:
+        return problem(
+            name, f"its last hidden state times its head is not what the model says (KL {off:.1e} nats): something "
+            "stands between the two. Take this model's KL in a loop of your own, with klft.hidden_states"
+        )  # fmt: skip
+    return ok(name, "its last hidden state is what its head reads")

@@ -46,7 +46,8 @@ class Measured:
 
     token_ids: Int[Tensor, "N"]
     sequence: Int[Tensor, "N"]  # 0 ... S-1
-    kl: TokenKL  # [S, L] each
+    scores: TokenScores  # [N] each, and top lists [N, k] if they were asked for
+    kl: TokenKL  # the same in rows, [S, L] each
     loss: Float[Tensor, ""] | None
 
 
@@ -58,9 +59,11 @@ def measure(
     batch: Batch,
     *,
     with_loss: bool = True,
+    top_k: int = 0,
 ) -> Measured:
     """The KL of the tokens that count, and coef * KL over their divisors where it belongs in the loss.
 
+    With `top_k` both models' likeliest tokens too, which takes a pass of its own.
     Raises RuntimeError where the hidden states are not those of the batch's tokens.
     """
     if call.hidden.shape[:2] != batch.counted.shape:
@@ -80,16 +83,19 @@ def measure(
         inputs.append(side.scorer.fused_inputs(policy, reference, token_ids))
     numbers = torch.unique_consecutive(batch.pick(batch.sequence), return_inverse=True)[1]
     losses, weight = (), None
-    if not loss_wanted or penalty.token_rule is not None:
+    scores = None
+    if top_k or not loss_wanted or penalty.token_rule is not None:
         with torch.no_grad():
-            scores = [token_scores(**given) for given in inputs]
-        kl = _in_rows(penalty, _mixed(sides, scores), batch, numbers)
-        weight = None if kl.weight is None else kl.weight[kl.mask]
+            scores = _mixed(sides, [token_scores(**given, top_k=top_k) for given in inputs])
+        ruled = _in_rows(penalty, scores, batch, numbers)
+        weight = None if ruled.weight is None else ruled.weight[ruled.mask]
     if loss_wanted:
-        losses, scores = zip(*(_loss_and_scores(penalty, given, batch, weight) for given in inputs), strict=True)
-        kl = _in_rows(penalty, _mixed(sides, scores), batch, numbers)
+        losses, each = zip(*(_loss_and_scores(penalty, given, batch, weight) for given in inputs), strict=True)
+        scores = scores or _mixed(sides, each)
+    assert scores is not None
+    kl = _in_rows(penalty, scores, batch, numbers)
     loss = torch.stack([side.weight * t for side, t in zip(sides, losses, strict=True)]).sum() if losses else None
-    return Measured(token_ids, numbers, kl, loss)
+    return Measured(token_ids, numbers, scores, kl, loss)
 
 
 def _loss_and_scores(
@@ -119,7 +125,7 @@ def _mixed(sides: list[PolicySide], scores: Sequence[TokenScores]) -> TokenScore
     if len(sides) == 1:
         return scores[0]
     summed = ("ref_logp", "ref_entropy", "reverse_kl", "forward_kl")
-    return replace(scores[0], top1_agree=None, **{
+    return replace(scores[0], top1_agree=None, ref_top_ids=None, ref_top_p=None, **{
         name: sum(side.weight * getattr(of_side, name) for side, of_side in zip(sides, scores, strict=True))
         for name in summed
     })  # fmt: skip
@@ -131,7 +137,7 @@ def _in_rows(penalty: KLPenalty, scores: TokenScores, batch: Batch, numbers: Int
     columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=numbers.device)
     mask = columns < lengths[:, None]
     behaviour = None if batch.behaviour_logp is None else scatter_masked(batch.pick(batch.behaviour_logp), mask)
-    rows = {name: scatter_masked(t.detach(), mask) for name, t in scores.items()}
+    rows = {name: scatter_masked(t, mask) for name, t in scores.items() if name in SCORES}
     token_ids = scatter_masked(batch.pick(batch.token_ids), mask)
     return penalty.measure_scores(TokenScores(**rows), mask, token_ids=token_ids, behaviour_logp=behaviour)
 

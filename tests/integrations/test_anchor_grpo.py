@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from support.trainers import AnchoredGRPO, grpo, grpo_config, parameters, policy
+from support.anchors import COEF, k3_in_the_loss, trained_grpo
+from support.trainers import AnchoredGRPO, grpo_config, parameters, policy
 from trl import GRPOTrainer
 
 from klft import FixedKL, FrozenReference, KLPenalty, reverse_kl
-
-COEF = 0.3
-
-
-def k3_in_the_loss(coef=COEF, reference=None):
-    reference = reference or FrozenReference(policy(seed=5))
-    return KLPenalty(reference, estimator="k3", placement="loss", controller=FixedKL(coef))
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +17,13 @@ def reference_folder(tmp_path_factory):
     return str(folder)
 
 
-def trained(make, args, name="", **more):
-    model = policy()
-    model.config._name_or_path = name
-    trainer = grpo(make, model, args, **more)
-    trainer.train()
-    return trainer
-
-
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "luspo"])
 def test_k3_in_the_loss_is_the_beta_of_trl(tmp_path, loss_type, iterations, reference_folder):
     settings = {"loss_type": loss_type, "num_iterations": iterations}
-    theirs = trained(GRPOTrainer, grpo_config(tmp_path, beta=COEF, **settings), reference_folder)
-    ours = trained(AnchoredGRPO, grpo_config(tmp_path, **settings), penalty=k3_in_the_loss())
-    without = trained(GRPOTrainer, grpo_config(tmp_path, **settings))
+    theirs = trained_grpo(GRPOTrainer, grpo_config(tmp_path, beta=COEF, **settings), reference_folder)
+    ours = trained_grpo(AnchoredGRPO, grpo_config(tmp_path, **settings), penalty=k3_in_the_loss())
+    without = trained_grpo(GRPOTrainer, grpo_config(tmp_path, **settings))
     moved = (parameters(theirs.model) - parameters(without.model)).abs().max()
     off = (parameters(theirs.model) - parameters(ours.model)).abs().max()
     assert moved > 1e-3
@@ -60,7 +46,7 @@ class PerToken(GRPOTrainer):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo", "vespo", "luspo"])
 def test_advantages_per_token_are_the_same_to_the_bit(tmp_path, loss_type):
     args = grpo_config(tmp_path, loss_type=loss_type, num_iterations=2, learning_rate=0.5)
-    by_sequence, by_token = trained(GRPOTrainer, args), trained(PerToken, args)
+    by_sequence, by_token = trained_grpo(GRPOTrainer, args), trained_grpo(PerToken, args)
     assert not torch.equal(parameters(by_token.model), parameters(policy()))
     assert torch.equal(parameters(by_sequence.model), parameters(by_token.model))
 
@@ -106,7 +92,7 @@ def test_a_penalty_in_the_reward_equals_a_dense_oracle(tmp_path, estimator, iter
     other = policy(seed=5).eval()
     placement = "both" if estimator == "exact" else "reward"
     penalty = KLPenalty(FrozenReference(other), estimator=estimator, placement=placement, controller=FixedKL(COEF))
-    ours = trained(AnchoredGRPO, args, penalty=penalty)
-    oracle = trained(DenseCharges, args, reference=other, estimator=estimator)
-    assert (parameters(oracle.model) - parameters(trained(GRPOTrainer, args).model)).abs().max() > 1e-3
+    ours = trained_grpo(AnchoredGRPO, args, penalty=penalty)
+    oracle = trained_grpo(DenseCharges, args, reference=other, estimator=estimator)
+    assert (parameters(oracle.model) - parameters(trained_grpo(GRPOTrainer, args).model)).abs().max() > 1e-3
     assert (parameters(ours.model) - parameters(oracle.model)).abs().max() < 2e-6

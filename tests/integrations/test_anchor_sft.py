@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import tiny
+from support.anchors import DenseOracle, exact, sft
 from support.trainers import (
     AnchoredGRPO,
     AnchoredSFT,
@@ -18,59 +19,7 @@ from support.trainers import (
 from transformers import DataCollatorForSeq2Seq, Trainer
 from trl import GRPOTrainer, SFTTrainer
 
-from klft import AdapterReference, FixedKL, FrozenReference, KLPenalty, forward_kl, reverse_kl
-
-DENSE = {"forward": forward_kl, "reverse": reverse_kl}
-COEF = 0.5
-
-
-def exact(direction="forward", coef=COEF, reference=None):
-    return KLPenalty(
-        reference or FrozenReference(policy(seed=5)),
-        direction=direction,
-        estimator="exact",
-        placement="loss",
-        controller=FixedKL(coef),
-    )
-
-
-class DenseOracle(SFTTrainer):
-    """The KL from logits, of each text alone: a forward of its own for policy and reference, no padding, no packing."""
-
-    def __init__(self, *args, reference, direction, coef=COEF, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.other, self.direction, self.coef = reference, direction, coef
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, ids = inputs["labels"], inputs["input_ids"]
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total = 0.0
-        for row_ids, row_labels, starts in self.texts(ids, labels, inputs):
-            ends = [*starts[1:], len(row_ids)]
-            for start, end in zip(starts, ends, strict=True):
-                text, counted = row_ids[None, start:end], row_labels[start + 1 : end] != -100
-                logits = model(input_ids=text).logits[0, :-1][counted]
-                with torch.no_grad():
-                    ref_logits = self.other(text)[0, :-1][counted]
-                total = total + DENSE[self.direction](logits, ref_logits).sum()
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss + self.coef * total / num_items_in_batch * processes
-
-    def texts(self, ids, labels, inputs):
-        for i in range(len(ids)):
-            if "attention_mask" in inputs:
-                real = inputs["attention_mask"][i] != 0
-                yield ids[i][real], labels[i][real], [0]
-            else:
-                yield ids[i], labels[i], (inputs["position_ids"][i] == 0).nonzero().flatten().tolist()
-
-
-def sft(make, args, model=None, **more):
-    trainer = make(
-        model or policy(), args=args, train_dataset=texts(), processing_class=tiny.tokenizer(), **more
-    )  # fmt: skip
-    trainer.train()
-    return trainer
+from klft import AdapterReference
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -124,7 +73,7 @@ def grpo_run(make, args, **more):
     return trainer
 
 
-@pytest.mark.parametrize("run, plain, anchored, config", [
+@pytest.mark.parametrize(("run", "plain", "anchored", "config"), [
     (sft, SFTTrainer, AnchoredSFT, sft_config),
     (trainer_run, Trainer, AnchoredTrainer, arguments),
     (grpo_run, GRPOTrainer, AnchoredGRPO, grpo_config),
