@@ -1,0 +1,48 @@
+"""PenaltyState: the coefficient's state in a trainer's checkpoints, and a reference that follows the policy."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from klft.penalty import KLPenalty
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class PenaltyState(TrainerCallback):
+    """Saves a penalty's state with every checkpoint of a `transformers.Trainer`, and loads it where one is resumed.
+
+    It is kept in `TrainerState.stateful_callbacks`, the part of trainer_state.json that is there for this, and which
+    the Trainer reads from whatever checkpoint it resumes before `on_train_begin`. A callback is not told which folder
+    that is, so a file of its own could be found only where it lies in this run's output_dir.
+
+    After each optimizer step it tells the reference, which may follow the policy.
+
+    Args:
+        name: key in the checkpoint; two penalties of one trainer need two.
+    """
+
+    def __init__(self, penalty: KLPenalty, name: str):
+        self.penalty, self.key = penalty, f"klft.{name}"
+
+    def on_train_begin(self, args: "TrainingArguments", state: Any, control: "TrainerControl", **kwargs: Any):
+        """Continue from the checkpoint. ValueError where it contradicts the controller, see its load_state_dict."""
+        saved = state.stateful_callbacks.get(self.key)
+        if saved is not None:
+            self.penalty.load_state_dict(saved)
+        elif state.global_step:
+            logger.warning(
+                "the checkpoint of step %d has no state of %s: its coefficient starts at %g",
+                state.global_step, self.key, self.penalty.coef,
+            )  # fmt: skip
+
+    def on_step_end(
+        self, args: "TrainingArguments", state: Any, control: "TrainerControl", model: Any = None, **kwargs: Any
+    ):
+        """Before the Trainer saves."""
+        self.penalty.reference.after_step(model)
+        state.stateful_callbacks[self.key] = self.penalty.state_dict()
