@@ -10,13 +10,13 @@ And for GRPOTrainer where it does not divide rewards by their standard deviation
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
-from trl import GRPOTrainer, RLOOConfig, RLOOTrainer, is_conversational
+from trl import GRPOTrainer, RLOOTrainer, is_conversational
 
 from klft.controllers import Controller, FixedKL, check_controller
 from klft.integrations.state import PenaltyState
@@ -28,7 +28,7 @@ from klft.scores import TokenScores, flat_metrics
 from klft.scoring import Scorer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+    from transformers import PreTrainedModel, TrainerState
 
 
 class KLReward:
@@ -71,12 +71,11 @@ class KLReward:
                 "another into the loss, KLPenalty(..., placement='loss')"
             )
         if estimator == "exact":
-            warnings.warn(
+            text = (
                 "KLReward: estimator='exact' in a reward alone has half the gradient of the KL, since a token's own "
-                "exact KL does not depend on it. Use 'k1', or add the other half as a loss: "
-                "KLPenalty(..., estimator='exact', placement='loss')",
-                stacklevel=2,
+                "exact KL does not depend on it. Use 'k1', or add KLPenalty(..., 'exact', placement='loss') to the loss"
             )
+            warnings.warn(text, stacklevel=2)
         controller = FixedKL(coef) if isinstance(coef, int | float) else coef
         check_controller(controller, "KLReward")
         self.__name__ = "KLReward"
@@ -98,15 +97,14 @@ class KLReward:
         if self._trainer is not None:
             raise ValueError("KLReward.bind: it is bound to another trainer; make one KLReward per trainer")
         _check_trainer(trainer, self)
-        args, policy = cast(RLOOConfig, trainer.args), cast(nn.Module, trainer.model)
-        reference = resolve_reference(self._reference, policy)
-        tokenizer = cast("PreTrainedTokenizerBase", trainer.processing_class)
-        check_vocabularies(tokenizer, policy=vocab_size(policy), reference=reference.vocab_size)
-        reference.to(args.device)
+        owner: Any = trainer
+        reference = resolve_reference(self._reference, owner.model)
+        check_vocabularies(owner.processing_class, policy=vocab_size(owner.model), reference=reference.vocab_size)
+        reference.to(owner.args.device)
         self.penalty = KLPenalty(reference, **self._options)
-        self._scorer = Scorer(reference, temperature=args.temperature)
-        trainer.add_callback(PenaltyState(self.penalty, self.__name__))
-        self._trainer = trainer
+        self._scorer = Scorer(reference, temperature=owner.args.temperature)
+        owner.add_callback(PenaltyState(self.penalty, self.__name__))
+        self._trainer = owner
 
     def __call__(
         self,
@@ -190,28 +188,25 @@ def _check_trainer(trainer: Any, reward: KLReward) -> None:
     args: Any = trainer.args
     weights = args.reward_weights or [1.0] * len(trainer.reward_funcs)
     weight = next((w for w, f in zip(weights, trainer.reward_funcs, strict=True) if f is reward), None)
-    scale = getattr(args, "scale_rewards", "none")
+    scale, clip = getattr(args, "scale_rewards", "none"), getattr(args, "reward_clip_range", None)
     aggregation = getattr(args, "multi_objective_aggregation", "sum_then_normalize")
-    refused = {
-        "the trainer does not have it: RLOOTrainer(..., reward_funcs=[reward, kl])": weight is None,
-        f"its reward weight is {weight}, which scales the coefficient: give it 1.0 and say coef=": weight != 1.0,
-        f"beta={args.beta} counts the KL a second time: set beta=0.0": args.beta != 0.0,
-        f"multi_objective_aggregation={aggregation!r} divides this reward by its own standard deviation, so coef has "
-        "no effect: use 'sum_then_normalize'": aggregation != "sum_then_normalize",
-        f"scale_rewards={scale!r} divides the rewards, and so the coefficient, by their standard deviation: use "
-        "scale_rewards='none', or put the KL into the loss": scale != "none",
-        "reward_clip_range would clip the KL too: set it to None and clip in your reward function": bool(
-            getattr(args, "reward_clip_range", None)
-        ),
-        "tools, an environment_factory or a rollout_func put tokens into completions that the policy did not sample, "
-        "and a reward function is not told which: put the KL into the loss": any(
-            getattr(trainer, name, None) for name in ("tools", "environment_factories", "rollout_func")
-        ),
-        f"images do not reach a reward function, and {type(trainer.processing_class).__name__} may bring some: pass "
-        "the tokenizer as processing_class if there are none, or put the KL into the loss": isinstance(
-            trainer.processing_class, ProcessorMixin
-        ),
-    }  # fmt: skip
-    for reason, applies in refused.items():
+    sampled_elsewhere = any(getattr(trainer, n, None) for n in ("tools", "environment_factories", "rollout_func"))
+    tokenizer = trainer.processing_class
+    in_the_loss = "or put the KL into the loss"
+    scaling = "divides by a standard deviation, and the coefficient with it"
+    refused = (
+        (weight is None, "the trainer does not have it: RLOOTrainer(..., reward_funcs=[reward, kl])"),
+        (weight != 1.0, f"its reward weight is {weight}, which scales the coefficient: use 1.0, and coef="),
+        (args.beta != 0.0, f"beta={args.beta} counts the KL a second time: set beta=0.0"),
+        (aggregation != "sum_then_normalize", f"multi_objective_aggregation={aggregation!r} {scaling}: use "
+         f"'sum_then_normalize', {in_the_loss}"),
+        (scale != "none", f"scale_rewards={scale!r} {scaling}: use 'none', {in_the_loss}"),
+        (clip is not None, f"reward_clip_range={clip} would clip the KL too: clip in your own reward function"),
+        (sampled_elsewhere, "a reward function is not told which tokens come from tools, an environment_factory or a "
+         f"rollout_func, and not from the policy: leave them out, {in_the_loss}"),
+        (isinstance(tokenizer, ProcessorMixin), f"a reward function is not given the images that "
+         f"{type(tokenizer).__name__} may bring: pass the tokenizer as processing_class, {in_the_loss}"),
+    )  # fmt: skip
+    for applies, reason in refused:
         if applies:
             raise ValueError(f"KLReward.bind: {reason}")

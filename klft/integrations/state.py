@@ -1,14 +1,11 @@
 """PenaltyState: the coefficient's state in a trainer's checkpoints, and a reference that follows the policy."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from klft.penalty import KLPenalty
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +26,15 @@ class PenaltyState(TrainerCallback):
     def __init__(self, penalty: KLPenalty, name: str):
         self.penalty, self.key = penalty, f"klft.{name}"
 
-    def on_train_begin(self, args: "TrainingArguments", state: Any, control: "TrainerControl", **kwargs: Any):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Continue from the checkpoint. ValueError where it contradicts the controller, see its load_state_dict."""
-        saved = state.stateful_callbacks.get(self.key)
-        if saved is not None:
-            self.penalty.load_state_dict(saved)
+        if self.key in state.stateful_callbacks:
+            self.penalty.load_state_dict(state.stateful_callbacks[self.key])
         elif state.global_step:
-            logger.warning(
-                "the checkpoint of step %d has no state of %s: its coefficient starts at %g",
-                state.global_step, self.key, self.penalty.coef,
-            )  # fmt: skip
+            text = "the checkpoint of step %d has no state of %s: its coefficient starts at %g"
+            logger.warning(text, state.global_step, self.key, self.penalty.coef)
 
-    def on_step_end(
-        self, args: "TrainingArguments", state: Any, control: "TrainerControl", model: Any = None, **kwargs: Any
-    ):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the Trainer saves."""
         self.penalty.reference.after_step(model)
         state.stateful_callbacks[self.key] = self.penalty.state_dict()

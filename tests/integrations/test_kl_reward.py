@@ -219,8 +219,8 @@ PROMPTS = ["w3 w9", "w3", "w1 w2 w4 w5"]
 COMPLETIONS = [[5, 6, 7], [9, 9, 10, 11, 3], [2]]
 
 
-def called(kl):
-    return kl(prompts=PROMPTS, completions=["", "", ""], completion_ids=COMPLETIONS)
+def called(kl, completions=COMPLETIONS):
+    return kl(prompts=PROMPTS, completions=["", "", ""], completion_ids=completions)
 
 
 @pytest.mark.parametrize(("estimator", "direction"), [("k1", "reverse"), ("exact", "reverse"), ("exact", "forward")])
@@ -256,6 +256,17 @@ def test_token_rule_sees_whole_texts_and_weighs_their_kl(path, tmp_path):
     assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == COMPLETIONS
 
 
+@pytest.mark.parametrize("ended", [[False, False, False], [True, True, True], [True, False, True]])
+def test_truncated_completions_have_no_kl_where_they_are_masked(ended, path, tmp_path):
+    kl, masking = KLReward(rloo.reference(path), coef=COEF), KLReward(rloo.reference(path), coef=COEF)
+    with_kl(tmp_path, path, kl)
+    with_kl(tmp_path, path, masking, mask_truncated_completions=True)
+    last = [rloo.ENDS[1] if end else 5 for end in ended]
+    completions = [[*ids, token] for ids, token in zip(COMPLETIONS, last, strict=True)]
+    expected = [reward * end for reward, end in zip(called(kl, completions), ended, strict=True)]
+    assert called(masking, completions) == pytest.approx(expected, rel=1e-5)
+
+
 # ---- how it is scored -----------------------------------------------------------------------------------------------
 
 
@@ -275,6 +286,14 @@ def test_scored_in_eval_mode_and_modes_come_back(path, tmp_path):
     assert [module.training for module in noisy.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in noisy.parameters())
+
+
+def test_scored_in_the_precision_that_the_trainer_computes_in(path, tmp_path):
+    full, half = KLReward(rloo.reference(path), coef=COEF), KLReward(rloo.reference(path), coef=COEF)
+    with_kl(tmp_path, path, full)
+    with_kl(tmp_path, path, half, bf16=True)
+    assert called(half) == pytest.approx(called(full), abs=0.03)
+    assert called(half) != pytest.approx(called(full), abs=1e-4)
 
 
 class Shown(FixedKL):

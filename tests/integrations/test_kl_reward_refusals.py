@@ -30,19 +30,19 @@ def unscaled(**changed):
 TRAINERS = {
     "KL twice": ({"beta": 0.1}, {}, "beta=0.1 counts the KL a second time"),
     "KL twice in GRPO": (unscaled(beta=0.1), {}, "beta=0.1 counts the KL a second time"),
-    "scaled by its group": (unscaled(scale_rewards="group"), {}, "scale_rewards='group' divides the rewards"),
-    "scaled by default": ({"kind": GRPOTrainer}, {}, "scale_rewards='group' divides the rewards"),
-    "scaled by true": (unscaled(scale_rewards=True), {}, "scale_rewards='group' divides the rewards"),
-    "scaled by the batch": (unscaled(scale_rewards="batch"), {}, "scale_rewards='batch' divides the rewards"),
+    "scaled by its group": (unscaled(scale_rewards="group"), {}, "scale_rewards='group' divides by a"),
+    "scaled by default": ({"kind": GRPOTrainer}, {}, "scale_rewards='group' divides by a"),
+    "scaled by true": (unscaled(scale_rewards=True), {}, "scale_rewards='group' divides by a"),
+    "scaled by the batch": (unscaled(scale_rewards="batch"), {}, "scale_rewards='batch' divides by a"),
     "normalised alone": (
-        unscaled(multi_objective_aggregation="normalize_then_sum"), {}, "aggregation='normalize_then_sum' divides this",
+        unscaled(multi_objective_aggregation="normalize_then_sum"), {}, "aggregation='normalize_then_sum' divides by",
     ),
     "weighted": ({"reward_weights": [1.0, 0.5]}, {}, "its reward weight is 0.5, which scales the coefficient"),
-    "clipped": ({"reward_clip_range": (-1.0, 1.0)}, {}, "reward_clip_range would clip the KL too"),
-    "tools": (unscaled(), {"tools": [print]}, "tools, an environment_factory or a rollout_func"),
+    "clipped": ({"reward_clip_range": (-1.0, 1.0)}, {}, r"reward_clip_range=\(-1.0, 1.0\) would clip the KL too"),
+    "tools": (unscaled(), {"tools": [print]}, "tools, an environment_factory or a rollout"),
     "environments": (unscaled(), {"environment_factories": {None: dict}}, "tools, an environment_factory"),
-    "own rollouts": (unscaled(), {"rollout_func": print}, "tools, an environment_factory or a rollout_func"),
-    "images": ({}, {"processing_class": Pictures()}, "images do not reach a reward function, and Pictures"),
+    "own rollouts": (unscaled(), {"rollout_func": print}, "tools, an environment_factory or a rollout"),
+    "images": ({}, {"processing_class": Pictures()}, "not given the images that Pictures may bring"),
 }  # fmt: skip
 
 
