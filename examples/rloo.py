@@ -1,0 +1,60 @@
+"""RLOO of TRL under a KL penalty that holds itself at a target: a controller, exact numbers, any reference.
+
+python examples/rloo.py                                   a tiny random model, seconds on a CPU
+python examples/rloo.py --model_name_or_path MODEL        a causal LM of yours
+"""
+
+import argparse
+import copy
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import RLOOConfig, RLOOTrainer
+
+from klft import AdaptiveKL
+from klft.integrations import KLReward
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model_name_or_path")
+parser.add_argument("--output_dir", default="runs/rloo")
+parser.add_argument("--max_steps", type=int, default=40)
+given = parser.parse_args()
+
+# A model and its tokenizer.
+if given.model_name_or_path:
+    tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
+    policy = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="float32")
+else:
+    words = ["<end>", "a", "good", "bad", "film", "story", "was", "this", "the"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    policy = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), bos_token_id=0, eos_token_id=0, **sizes))
+
+
+def says_good(completions, **_):
+    """The reward: how often a completion says "good"."""
+    return [text.split().count("good") for text in completions]
+
+
+# The KL to the model as it is now, in the reward; the controller moves its coefficient to bring it to one nat.
+kl = KLReward(copy.deepcopy(policy), coef=AdaptiveKL(0.5, target=1.0, horizon=40))
+
+args = RLOOConfig(
+    output_dir=given.output_dir, max_steps=given.max_steps, beta=0.0, per_device_train_batch_size=16, num_generations=4,
+    max_completion_length=8, learning_rate=3e-3, logging_steps=1, save_strategy="no", report_to="none",
+    use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+)  # fmt: skip
+prompts = Dataset.from_dict({"prompt": ["the film was", "this story was", "a film"] * 20})
+trainer = RLOOTrainer(
+    model=policy, reward_funcs=[says_good, kl], args=args, train_dataset=prompts, processing_class=tokenizer
+)
+kl.bind(trainer)
+trainer.train()
+
+for log in trainer.state.log_history[:-1]:
+    good, nats, coef = log["rewards/says_good/mean"], log["kl/sequence/reverse/mean"], log["kl/coef"]
+    print(f"step {log['step']:3}: good {good:.2f}, KL {nats:.3f} nats per completion, coefficient {coef:.4f}")

@@ -1,0 +1,22 @@
+"""Each example runs as it stands, in a folder of its own, without a hub, in a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.processes import environment
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, tmp_path):
+    command = [sys.executable, str(path), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "step   2:" in done.stdout
