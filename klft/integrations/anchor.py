@@ -23,6 +23,7 @@ from klft.integrations.backbone import BackboneCalls
 from klft.integrations.batch import Batch, completion_batch, labelled_batch
 from klft.integrations.checks import check_anchor, run_self_test, trains_completions
 from klft.integrations.measure import Measured, Measurements, PolicySide, measure
+from klft.integrations.state import PenaltyState
 from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
 from klft.penalty import KLPenalty
@@ -73,6 +74,7 @@ class KLAnchorMixin(_Base):
             side.reference.to(self.args.device)
         self._anchor = _Anchor(self, self.penalty, sides, measure_every)
         self._anchor.tested = not self_test
+        self.add_callback(PenaltyState(self.penalty, "KLAnchor"))
         self.add_callback(AnchorCallback(self._anchor))
 
     def compute_loss(
@@ -205,7 +207,7 @@ class _Anchor:
 
 
 class AnchorCallback(TrainerCallback):
-    """What an anchor does at the ends of training and of a step."""
+    """Opens and closes the tables of `measure_every`."""
 
     def __init__(self, anchor: _Anchor):
         self._anchor = anchor
@@ -221,12 +223,6 @@ class AnchorCallback(TrainerCallback):
             if not state.global_step:
                 check_unused(folder, KL_FILES, "Resume it, remove them, or name another output_dir.")
             anchor.tables = TokenTables(anchor.trainer)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        for side in self._anchor.sides:
-            side.reference.after_step(self._anchor.trainer.model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

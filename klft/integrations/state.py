@@ -1,11 +1,14 @@
 """PenaltyState: the coefficient's state in a trainer's checkpoints, and a reference that follows the policy."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from klft.penalty import KLPenalty
+from klft.writing import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +18,8 @@ class PenaltyState(TrainerCallback):
 
     It is kept in `TrainerState.stateful_callbacks`, the part of trainer_state.json that is there for this, and which
     the Trainer reads from whatever checkpoint it resumes before `on_train_begin`. A callback is not told which folder
-    that is, so a file of its own could be found only where it lies in this run's output_dir.
+    that is, so a file of its own could be found only where it lies in this run's output_dir: klft_penalty.json beside
+    it holds the same for other readers.
 
     After each optimizer step it tells the reference, which may follow the policy.
 
@@ -38,3 +42,11 @@ class PenaltyState(TrainerCallback):
         """Before the Trainer saves."""
         self.penalty.reference.after_step(model)
         state.stateful_callbacks[self.key] = self.penalty.state_dict()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Beside the Trainer's own files."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            mine = {k: v for k, v in state.stateful_callbacks.items() if k.startswith("klft.")}
+            with atomic_write(folder / "klft_penalty.json") as file:
+                file.write(json.dumps(mine, indent=1).encode())

@@ -1,5 +1,7 @@
 """What KLAnchorMixin refuses by name, what it says where an upstream contract is broken, and what it logs."""
 
+import json
+
 import pytest
 import torch
 from support import tiny
@@ -270,3 +272,29 @@ def test_an_adapter_that_a_trainer_makes_has_its_base_as_the_reference(tmp_path)
     run = sft(AnchoredSFT, sft_config(tmp_path), peft_config=tiny.lora(), penalty=penalty)
     first, *_, last = [log["kl/forward/mean"] for log in run.state.log_history if "loss" in log]
     assert first < 1e-9 < last
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_a_resumed_run_equals_the_whole_one(tmp_path, restores):
+    """An interrupted run, its checkpoint moved elsewhere: weights and coefficient of the run that was not."""
+
+    def run(folder, steps, resume=None):
+        args = sft_config(
+            folder, max_steps=steps, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-3,
+            restore_callback_states_from_checkpoint=restores,
+        )  # fmt: skip
+        penalty = penalty_with(controller=AdaptiveKL(0.5, target=1.0, horizon=60))
+        trainer = AnchoredSFT(
+            policy(), args=args, train_dataset=texts(), processing_class=tiny.tokenizer(), penalty=penalty
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "first", 2)
+    (tmp_path / "first" / "checkpoint-2").rename(tmp_path / "elsewhere")
+    state = json.loads((tmp_path / "elsewhere" / "klft_penalty.json").read_text())
+    assert state["klft.KLAnchor"]["coef"] != 0.5
+    rest = run(tmp_path / "rest", 4, str(tmp_path / "elsewhere"))
+    assert torch.equal(parameters(whole.model), parameters(rest.model))
+    assert whole.penalty.coef == rest.penalty.coef != 0.5

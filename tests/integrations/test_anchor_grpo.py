@@ -17,10 +17,18 @@ def reference_folder(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "luspo"])
-def test_k3_in_the_loss_is_the_beta_of_trl(tmp_path, loss_type, iterations, reference_folder):
-    settings = {"loss_type": loss_type, "num_iterations": iterations}
+TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "luspo")
+MORE = {  # what else the normalisers read
+    "a generation batch of two steps": {"loss_type": "dapo", "steps_per_generation": 4, "learning_rate": 0.02},
+    "no accumulation": {"loss_type": "cispo", "gradient_accumulation_steps": 1, "steps_per_generation": 2},
+    "temperature": {"loss_type": "grpo", "temperature": 0.7},
+    "mean over the maximum": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 1, "max_completion_length": 9},
+}
+SETTINGS = {f"{name}-{n}": {"loss_type": name, "num_iterations": n} for name in TYPES for n in (1, 2)} | MORE
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_k3_in_the_loss_is_the_beta_of_trl(tmp_path, settings, reference_folder):
     theirs = trained_grpo(GRPOTrainer, grpo_config(tmp_path, beta=COEF, **settings), reference_folder)
     ours = trained_grpo(AnchoredGRPO, grpo_config(tmp_path, **settings), penalty=k3_in_the_loss())
     without = trained_grpo(GRPOTrainer, grpo_config(tmp_path, **settings))

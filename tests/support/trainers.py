@@ -56,10 +56,10 @@ def arguments(output_dir: Any, **changed: Any) -> TrainingArguments:
 
 
 def texts(n: int = 32) -> Dataset:
-    """Ids and labels: texts of three to nine tokens, whose first ones are a prompt."""
+    """Ids and labels: texts of three to nine tokens, of which some begin with a prompt."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(3, tiny.VOCABULARY, (3 + i % 7,), generator=generator).tolist() for i in range(n)]
-    labels = [[-100] * (1 + i % 2) + row[1 + i % 2 :] for i, row in enumerate(rows)]
+    labels = [[-100] * (i % 3) + row[i % 3 :] for i, row in enumerate(rows)]
     return Dataset.from_dict({"input_ids": rows, "labels": labels})
 
 
