@@ -1,11 +1,13 @@
 """References: what the policy must stay close to."""
 
 from klft.references.adapter import AdapterReference, why_base_moves
+from klft.references.ema import EMAReference
 from klft.references.frozen import FrozenReference, warn_if_one_model
 from klft.references.protocol import Reference, resolve_reference
 
 __all__ = [
     "AdapterReference",
+    "EMAReference",
     "FrozenReference",
     "Reference",
     "resolve_reference",

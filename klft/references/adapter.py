@@ -1,11 +1,11 @@
 """The policy's own base model as the reference: its adapter switched off."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from klft.models import VALUE_MODULES, address, evaluating, unwrap
 from klft.references.frozen import ModelReference
@@ -30,13 +30,31 @@ def why_base_moves(config: "PeftConfig") -> str | None:
     return f"bias={bias!r} trains biases of the base model" if bias != "none" else None
 
 
-class AdapterReference(ModelReference):
-    """The policy itself with its PEFT adapter switched off: no second copy of the weights in memory.
+def trained_weights(policy: nn.Module, kept: Iterable[Tensor]) -> list[str]:
+    """Names of the policy's trained parameters that live in the storage of `kept`; the value function's left out."""
+    held = list(kept)
+    own = {id(p) for p in held} | ({address(p) for p in held} - {None})
+    trained = [
+        (name, p)
+        for name, p in policy.named_parameters()
+        if p.requires_grad and VALUE_MODULES.isdisjoint(name.split("."))
+    ]
+    return [name for name, p in trained if id(p) in own or address(p) in own]
 
-    Logits equal the base model's exactly. Raises TypeError for a model without an adapter.
+
+class AdapterReference(ModelReference):
+    """The policy's own model with another adapter, or with none: no second copy of the base weights in memory.
+
+    Args:
+        adapter: the reference is the model with this adapter in place of the active one: one that is frozen, as
+            `load_adapter(path, adapter_name="reference")` has it. Default: all adapters off, so that logits equal the
+            base model's exactly.
+
+    Active adapters, modes and requires_grad are afterwards what they were. Raises TypeError for a model without an
+    adapter, ValueError for an adapter that is not there, and where the base weights are not the base model's.
     """
 
-    def __init__(self, peft_model: "PeftModel"):
+    def __init__(self, peft_model: "PeftModel", adapter: str | None = None):
         peft_model = unwrap(peft_model)  # pyright: ignore - also inside DDP, DeepSpeed's engine, torch.compile
         if not hasattr(peft_model, "disable_adapter"):
             raise TypeError(
@@ -44,7 +62,13 @@ class AdapterReference(ModelReference):
                 "second, frozen model"
             )
         super().__init__(peft_model)
-        for name, config in getattr(peft_model, "peft_config", {}).items():
+        self.adapter, configs = adapter, getattr(peft_model, "peft_config", {})
+        if adapter is not None and (adapter not in configs or configs[adapter].is_prompt_learning):
+            raise ValueError(
+                f"AdapterReference: adapter={adapter!r} is not an adapter on layers of this model, which has "
+                f"{', '.join(configs)}. Load it first: model.load_adapter(path, adapter_name={adapter!r})"
+            )
+        for name, config in configs.items():
             problem = why_base_moves(config)
             if problem:
                 raise ValueError(
@@ -54,27 +78,48 @@ class AdapterReference(ModelReference):
 
     @property
     def name(self) -> str:
-        """The base model's name."""
-        return f"{super().name} without its adapter"
+        """The base model's name, and which adapter is on."""
+        return f"{super().name} " + ("without its adapter" if self.adapter is None else f"with adapter {self.adapter}")
 
     def to(self, device: torch.device | str) -> None:
         """Nothing: it is where the policy is."""
 
     def check_independent(self, policy: nn.Module) -> None:
-        """Raise ValueError if the policy trains weights the adapter does not own: they are the reference's too."""
-        # PEFT marks what an adapter owns with its tuner's prefix, or with one of these; a value function is not read.
+        """Raise ValueError if the policy trains weights the adapter does not own, or the reference's own adapter."""
+        # PEFT marks what an adapter owns with its tuner's prefix, or with one of these.
         marks = ["modules_to_save", "prompt_encoder", "trainable_tokens_"]
-        marks += [getattr(self.model.base_model, "prefix", "") or "prompt_encoder", *VALUE_MODULES]
-        trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad and not any(m in n for m in marks)]
-        own = {id(p) for p in self.model.parameters()} | ({address(p) for p in self.model.parameters()} - {None})
-        shared = [name for name, p in trained if id(p) in own or address(p) in own]
+        marks += [getattr(self.model.base_model, "prefix", "") or "prompt_encoder"]
+        trained = trained_weights(policy, self.model.parameters())
+        shared = [name for name in trained if not any(m in name for m in marks)]
         if shared:
             raise ValueError(
                 f"these weights are trained but belong to the base model, which is the reference: {shared[:3]}. "
                 "Freeze them, or pass a FrozenReference."
             )
+        own = [name for name in trained if self.adapter in name.split(".")]
+        if own:
+            raise ValueError(
+                f"these weights are trained but belong to adapter {self.adapter!r}, which is the reference: {own[:3]}. "
+                "Train another adapter: model.set_adapter(...), then requires_grad_(False) on these"
+            )
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        with evaluating(self.model), self.model.disable_adapter():
+        chosen = self.model.disable_adapter() if self.adapter is None else _adapter_on(self.model, self.adapter)
+        with evaluating(self.model), chosen:
             yield
+
+
+@contextmanager
+def _adapter_on(model: Any, adapter: str) -> Iterator[None]:
+    """This adapter alone at work. PEFT freezes the others meanwhile, so all flags are put back."""
+    active, of_layers = model.active_adapter, model.base_model.active_adapter  # a list where several are on
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.set_adapter(adapter, inference_mode=True)
+        yield
+    finally:
+        model.base_model.set_adapter(of_layers, inference_mode=True)
+        model.active_adapter = active
+        for p in trained:
+            p.requires_grad_(True)

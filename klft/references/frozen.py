@@ -58,9 +58,12 @@ class ModelReference:
     def after_step(self, policy: nn.Module) -> None:
         """Nothing: it never changes."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Empty: it never changes."""
         return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing: it never changes."""
 
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0

@@ -18,7 +18,12 @@ class Reference(Protocol):
     """A frozen next-token distribution. Whatever has these members can stand in for it; nobody asks for its class.
 
     `logits` and `hidden` run without gradient, in eval mode, with every token at the position it would have without
-    padding, and leave all modes as they were.
+    padding, and leave all modes as they were. A class that derives from this one need not define what is about moving
+    and changing: by default it stays where it is and what it is.
+
+    Further members, for what is no single model: `parts`, a list of (weight, Reference), where the penalty is a
+    weighted sum of KLs (MixtureReference); `score`, where it gives scores and no logits (TopKReference);
+    `fixed_text`, a sentence, where it knows the tokens of given texts only.
     """
 
     @property
@@ -38,7 +43,6 @@ class Reference(Protocol):
 
     def to(self, device: torch.device | str) -> None:
         """Move to a device, if it can be moved (a quantised or device-mapped body stays where it is)."""
-        ...
 
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
@@ -55,17 +59,26 @@ class Reference(Protocol):
         """
         ...
 
+    def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
+        """(hidden states at all positions, head) of one forward of the backbone with these keyword arguments, as
+        another model's backbone got them: input_ids, attention_mask or None, position_ids, what packing adds.
+
+        Raises TypeError where the head cannot be read.
+        """
+        ...
+
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError, naming a parameter, if training the policy would move the reference."""
-        ...
 
     def after_step(self, policy: nn.Module) -> None:
-        """Called after each optimizer step, for references that follow the policy."""
-        ...
+        """Called on every process after each optimizer step, for references that follow the policy."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a checkpoint must hold to continue; empty for what never changes."""
-        ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must hold to continue; empty for what never changes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
 
 
 def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: nn.Module | None = None) -> Reference:

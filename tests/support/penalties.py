@@ -58,6 +58,9 @@ class GivenReference:
     def hidden(self, input_ids, attention_mask, keep=0):
         raise TypeError("there are only logits")
 
+    def hidden_of(self, inputs):
+        raise TypeError("there are only logits")
+
     def to(self, device):
         pass
 
@@ -69,6 +72,9 @@ class GivenReference:
 
     def state_dict(self):
         return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 ANY = GivenReference()
