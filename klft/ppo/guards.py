@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from klft.models import zero_pad_embedding
+from klft.references import Reference
 
 
 def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
@@ -62,3 +63,13 @@ class StopOnNonFiniteGradient(TrainerCallback):
                 "pad with another token, tokenizer.pad_token = tokenizer.eos_token."
             )  # fmt: skip
             raise RuntimeError(f"the gradient is not finite at step {state.global_step}.{why} {self.resume_hint()}")
+
+
+class FollowPolicy(TrainerCallback):
+    """Tells the reference of each optimizer step: one that follows the policy does so then."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.reference.after_step(model)

@@ -29,7 +29,7 @@ from klft.ppo.collector import RolloutCollector
 from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
-from klft.ppo.guards import StopOnNonFiniteGradient
+from klft.ppo.guards import FollowPolicy, StopOnNonFiniteGradient
 from klft.ppo.losses import policy_losses, value_losses
 from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import (
@@ -121,6 +121,7 @@ class PPOTrainer(Trainer):
         )
         self.args: PPOConfig
         self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.resume_hint(self._output_dir)))
+        self.add_callback(FollowPolicy(reference))
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
@@ -436,6 +437,8 @@ class PPOTrainer(Trainer):
                 rank = self.args.process_index
                 ckpt.write_rollout(folder, rank, state.cycle.rollout.tensors())
             if self.args.should_save:
+                if tensors := self.penalty.reference.state_dict():
+                    ckpt.write_reference(folder, tensors)
                 saved = {
                     "run": self._run_settings(),
                     "step": self.state.global_step,
@@ -457,6 +460,7 @@ class PPOTrainer(Trainer):
                 f"{folder} was written by another run: {'; '.join(changed)}. Put these back to resume, or start anew "
                 "in another output_dir."
             )
+        ckpt.load_reference(folder, self.penalty.reference)
         self.penalty.load_state_dict(state["controller"])
         self.ppo.moments.load_state_dict(state["moments"])
         self.ppo.episodes = state["episodes"]
