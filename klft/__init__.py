@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from klft.models import causal_inputs, hidden_states
     from klft.penalty import KLPenalty
     from klft.ppo import PPOConfig, PPOTrainer
-    from klft.references import AdapterReference, EMAReference, FrozenReference, resolve_reference
+    from klft.references import (
+        AdapterReference,
+        EMAReference,
+        FrozenReference,
+        MixtureReference,
+        TopKReference,
+        resolve_reference,
+    )
     from klft.scores import TokenScores, kl_metrics, score_logits
     from klft.shaping import shape_rewards
     from klft.sharding import VocabShard
@@ -52,7 +59,9 @@ _NAMES = {
     "klft.models": ("causal_inputs", "hidden_states"),
     "klft.penalty": ("KLPenalty",),
     "klft.ppo": ("PPOConfig", "PPOTrainer"),
-    "klft.references": ("AdapterReference", "EMAReference", "FrozenReference", "resolve_reference"),
+    "klft.references": (
+        "AdapterReference", "EMAReference", "FrozenReference", "MixtureReference", "TopKReference", "resolve_reference",
+    ),
     "klft.scores": ("TokenScores", "kl_metrics", "score_logits"),
     "klft.shaping": ("shape_rewards",),
     "klft.sharding": ("VocabShard",),
@@ -61,8 +70,8 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AdapterReference", "AdaptiveKL", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty", "LMHead",
-    "PIController",
-    "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores", "VocabShard", "alpha_divergence",
+    "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores",
+    "TopKReference", "VocabShard", "alpha_divergence",
     "causal_inputs", "check_setup", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl",
     "fused_token_loss",
     "hidden_states", "jsd", "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum",

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klft.divergences import DIVERGENCES, gap, upcast
@@ -194,13 +194,43 @@ def top_k_kl(
     lq = torch.log_softmax(upcast(ref_logits.detach()), -1)
     weigher = lp.detach() if direction == "reverse" else lq
     head_ids = weigher.topk(k, dim=-1).indices
-    head: Tensor = _Term.apply(lp.gather(-1, head_ids), lq.gather(-1, head_ids), f"{direction}_kl")  # pyright: ignore
     sampled = token_ids.unsqueeze(-1)
-    in_head = (head_ids == sampled).any(-1)
-    logp, ref_logp = lp.gather(-1, sampled).squeeze(-1), lq.gather(-1, sampled).squeeze(-1)
+    return support_kl(
+        lp.gather(-1, head_ids),
+        lq.gather(-1, head_ids),
+        (head_ids == sampled).any(-1),
+        lp.gather(-1, sampled).squeeze(-1),
+        lq.gather(-1, sampled).squeeze(-1),
+        direction=direction,
+        behaviour_logp=behaviour_logp,
+    )
+
+
+def support_kl(
+    logps: Float[Tensor, "*B k"],
+    ref_logps: Float[Tensor, "*B k"],
+    inside: Bool[Tensor, "*B"],
+    logp: Float[Tensor, "*B"],
+    ref_logp: Float[Tensor, "*B"],
+    *,
+    direction: str,
+    behaviour_logp: Float[Tensor, "*B"] | None = None,
+) -> Float[Tensor, "*B"]:
+    """KL: the terms of k tokens, summed, plus the sampled token's over its probability where it is none of them.
+
+    Nats, >= 0. Unbiased in value and gradient for any k tokens that do not depend on the sampled one. A term is
+    unnormalised (+ q - p), 0 where both log-probabilities are -inf.
+
+    Args:
+        logps, ref_logps: of the k tokens.
+        inside: whether the sampled token is one of them.
+        logp, ref_logp: of the sampled token.
+        behaviour_logp: of the policy that sampled it; default: logp's, as a constant.
+    """
+    exact: Tensor = _Term.apply(logps, ref_logps, f"{direction}_kl")  # pyright: ignore
     behaviour = logp.detach() if behaviour_logp is None else behaviour_logp.detach()
     # The term is homogeneous: with both log-probabilities relative to the behaviour's this is rho * k3, or its kin,
-    # without a product of 0 and inf. A token inside the head is replaced before: its ratio may be infinite.
-    logp, ref_logp = torch.where(in_head, 0.0, logp - behaviour), torch.where(in_head, 0.0, ref_logp - behaviour)
+    # without a product of 0 and inf. A token inside is replaced before: its ratio may be infinite.
+    logp, ref_logp = torch.where(inside, 0.0, logp - behaviour), torch.where(inside, 0.0, ref_logp - behaviour)
     tail: Tensor = _Term.apply(logp, ref_logp, f"{direction}_kl")  # pyright: ignore
-    return head.sum(-1) + tail
+    return exact.sum(-1) + tail

@@ -2,7 +2,7 @@
 
 from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement
 from klft.penalty.penalty import KLPenalty
-from klft.penalty.token_kl import TokenKL, TokenRule
+from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.scores import score_logits  # it was here once
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "TokenRule",
     "check_combination",
     "effective_placement",
+    "mixed_scores",
     "score_logits",
 ]

@@ -28,7 +28,7 @@ from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
 from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement, warn_of
-from klft.penalty.token_kl import TokenKL, TokenRule
+from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
@@ -121,27 +121,45 @@ class KLPenalty:
         _check_measured(logits, input_ids, attention_mask, mask)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"KLPenalty.measure: temperature must be a finite number above 0, got {temperature}")
-        keep = input_ids.shape[1]
-        ref_logits = self._reference_logits(logits, input_ids, attention_mask)
+        # Only tokens that a real token predicts: not the first of a text, whatever is padded before it.
+        real = attention_mask.to(mask.device) != 0
+        mask = as_mask(mask) & real & real.roll(1, 1) & (torch.arange(mask.shape[1], device=mask.device) > 0)
+        found, one_sided = [], set()
+        for weight, reference in getattr(self.reference, "parts", [(1.0, self.reference)]):
+            score = getattr(reference, "score", None)
+            if score is None:
+                scores, ids = self._compare(reference, logits, input_ids, attention_mask, mask, temperature)
+                one_sided.update(ids)
+            else:  # it has no logits
+                rolled = logits.roll(1, 1)
+                scores = score(rolled, input_ids, mask, behaviour_logp=behaviour_logp, temperature=temperature)
+            found.append((weight, scores))
+        parts = tuple(found) if hasattr(self.reference, "parts") else ()
+        return self.measure_scores(
+            mixed_scores(parts) if parts else found[0][1], mask, token_ids=input_ids, behaviour_logp=behaviour_logp,
+            one_sided_ids=tuple(sorted(one_sided)), parts=parts,
+        )  # fmt: skip
+
+    def _compare(
+        self, reference: Reference, logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, t: float
+    ) -> tuple[TokenScores, tuple[int, ...]]:
+        """(scores [B, T] at temperature t, ids that only one of the models suppresses where a KL is infinite)."""
+        ref_logits = self._reference_logits(reference, logits, input_ids, attention_mask)
         if not self._seen_apart and torch.is_grad_enabled() and not logits.is_inference():
             self._seen_apart = True
             warn_if_one_model(logits, ref_logits, attention_mask != 0)
         shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
-        logits, ref_logits = (self._cut(t, shared).roll(1, 1) / temperature for t in (logits, ref_logits))
-        # Only tokens that a real token predicts: not the first of a text, whatever is padded before it.
-        real = attention_mask.to(mask.device) != 0
-        mask = as_mask(mask) & real & real.roll(1, 1) & (torch.arange(keep, device=mask.device) > 0)
+        logits, ref_logits = (self._cut(z, shared).roll(1, 1) / t for z in (logits, ref_logits))
         scores = score_logits(logits, ref_logits, input_ids)
         infinite = mask & ~self._exact_of(scores).detach().isfinite()
-        one_sided = _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
-        return self.measure_scores(
-            scores, mask, token_ids=input_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
-        )
+        return scores, _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
 
-    def _reference_logits(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _reference_logits(
+        self, reference: Reference, logits: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """The reference's, with its tokens placed as the policy's logits say the policy's were."""
-        keep, reference = input_ids.shape[1], self.reference
+        keep = input_ids.shape[1]
         ref_logits = reference.logits(input_ids, attention_mask, keep)
         by_column = getattr(reference, "logits_by_column", None)
         padded = (attention_mask[:, :1] == 0).any(1)
@@ -181,6 +199,11 @@ class KLPenalty:
         Only tokens where `mask` holds are scored; the others' scores are 0. Differentiable in hidden and head. Over a
         sharded head all ranks call it together.
         """
+        if hasattr(self.reference, "parts"):
+            raise TypeError(
+                "measure_hidden: it takes one reference's hidden states, and this penalty has several: score each of "
+                "reference.parts with token_scores, and call measure_scores(mixed_scores(parts), mask, parts=parts)"
+            )
         mask, head, ref_head = as_mask(mask), as_head(head, "the policy"), as_head(ref_head, "the reference")
         flat_hidden, flat_ref = hidden[mask], ref_hidden[mask.to(ref_hidden.device)].to(hidden.device)
         flat = token_scores(flat_hidden, head, token_ids[mask], flat_ref, ref_head, temperature=temperature)
@@ -203,8 +226,11 @@ class KLPenalty:
         behaviour_logp: Float[Tensor, "*B"] | None = None,
         weight: Float[Tensor, "*B"] | None = None,
         one_sided_ids: tuple[int, ...] = (),
+        parts: tuple[tuple[float, TokenScores], ...] = (),
     ) -> TokenKL:
         """From scores that are there already. `weight` is multiplied with what the token_rule says.
+
+        Against several references `parts` has each one's weight and scores, and `scores` is `mixed_scores(parts)`.
 
         Raises ValueError for a rule whose weights have another shape, or are negative or not finite.
         """
@@ -216,7 +242,7 @@ class KLPenalty:
                     f"{list(ruled.shape)}, values {ruled.flatten()[:4].tolist()} ..."
                 )
             weight = ruled if weight is None else weight * ruled
-        return TokenKL(scores, mask, behaviour_logp, token_ids, weight, one_sided_ids)
+        return TokenKL(scores, mask, behaviour_logp, token_ids, weight, one_sided_ids, parts)
 
     # ---- the penalty -----------------------------------------------------------------------------------------------
 
@@ -225,7 +251,7 @@ class KLPenalty:
 
         Raises ValueError, naming the place, where it is not finite (with `clip`: where it is NaN).
         """
-        value = self._exact(kl) if self.estimator == "exact" else self._sampled(kl, gradient)
+        value = kl.total(self._exact if self.estimator == "exact" else lambda each: self._sampled(each, gradient))
         value = torch.where(kl.counted, value.detach() if gradient == "none" else value, 0.0)
         nonfinite = (~value.detach().isfinite()).nonzero().tolist()
         if nonfinite:
@@ -263,7 +289,9 @@ class KLPenalty:
 
     def clipped(self, kl: TokenKL) -> int:
         """Number of tokens that the clip changes."""
-        return 0 if self.clip is None else int(self._beyond_clip(kl).sum())
+        if self.clip is None:
+            return 0
+        return int(torch.stack([self._beyond_clip(each) for _, each in kl.each()]).any(0).sum())
 
     def _sampled(self, kl: TokenKL, gradient: str) -> Tensor:
         s, counted = kl.scores, kl.counted
@@ -334,6 +362,10 @@ class KLPenalty:
         """
         if self.placement == "reward":
             return torch.zeros_like(scores.logp)
+        if hasattr(self.reference, "parts"):
+            raise TypeError(
+                "token_losses: fused_token_loss knows one reference, and this penalty has several: use measure"
+            )
         if self.token_rule is not None and weight is None:
             raise ValueError(
                 "token_losses: this penalty has a token_rule; pass weight=kl.weight[kl.mask] of measure(...)"
@@ -354,7 +386,7 @@ class KLPenalty:
         What a controller is shown, and what is logged as kl/sequence/.../mean. A sequence whose KL is not finite is
         left out of both, with one warning. `reduce` sums over processes.
         """
-        exact = self._exact(kl).detach()
+        exact = kl.total(self._exact).detach()
         exact = exact if exact.device.type == "mps" else exact.double()  # MPS has no fp64
         sums = torch.where(kl.counted, exact, 0.0)
         sums = (sums if kl.weight is None else sums * kl.weight).sum(-1)

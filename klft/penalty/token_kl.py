@@ -1,7 +1,7 @@
 """TokenKL: scores of tokens, which of them count, and how much."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,18 @@ class TokenKL:
     token_ids: Int[Tensor, "*B"] | None = None
     weight: Float[Tensor, "*B"] | None = None  # of each token's KL, in rewards, losses, metrics; None: 1
     one_sided_ids: tuple[int, ...] = ()  # where a KL is infinite: ids that only one of the models suppresses
+    parts: tuple[tuple[float, TokenScores], ...] = ()  # of several references: weight and scores of each
+
+    def each(self) -> "list[tuple[float, TokenKL]]":
+        """(weight, KL) of each reference; of one alone, this with weight 1."""
+        parts: list[tuple[float, TokenKL]] = [
+            (weight, replace(self, scores=scores, parts=())) for weight, scores in self.parts
+        ]
+        return parts or [(1.0, self)]
+
+    def total(self, values: "Callable[[TokenKL], Tensor]") -> Float[Tensor, "*B"]:
+        """The weighted sum over references of `values` of each one's KL."""
+        return values(self) if not self.parts else torch.stack([w * values(kl) for w, kl in self.each()]).sum(0)
 
     @property
     def counted(self) -> Bool[Tensor, "*B"]:
@@ -37,3 +49,13 @@ class TokenKL:
     def weights(self) -> Float[Tensor, "*B"]:
         """The weight of every token, 1 by default."""
         return torch.ones_like(self.scores.logp) if self.weight is None else self.weight
+
+
+def mixed_scores(parts: tuple[tuple[float, TokenScores], ...]) -> TokenScores:
+    """The policy's own scores, and of both KLs the sum over the references, weighted. No log-probability: see parts."""
+    (_, first), kls = parts[0], {}
+    for name in ("reverse_kl", "forward_kl"):
+        values = [(weight, getattr(scores, name)) for weight, scores in parts]
+        if all(t is not None for _, t in values):
+            kls[name] = torch.stack([weight * t for weight, t in values]).sum(0)
+    return TokenScores(first.logp, entropy=first.entropy, **kls)

@@ -3,13 +3,17 @@
 from klft.references.adapter import AdapterReference, why_base_moves
 from klft.references.ema import EMAReference
 from klft.references.frozen import FrozenReference, warn_if_one_model
+from klft.references.mixture import MixtureReference
 from klft.references.protocol import Reference, resolve_reference
+from klft.references.top_k import TopKReference
 
 __all__ = [
     "AdapterReference",
     "EMAReference",
     "FrozenReference",
+    "MixtureReference",
     "Reference",
+    "TopKReference",
     "resolve_reference",
     "warn_if_one_model",
     "why_base_moves",
