@@ -195,15 +195,10 @@ def top_k_kl(
     weigher = lp.detach() if direction == "reverse" else lq
     head_ids = weigher.topk(k, dim=-1).indices
     sampled = token_ids.unsqueeze(-1)
-    return support_kl(
-        lp.gather(-1, head_ids),
-        lq.gather(-1, head_ids),
-        (head_ids == sampled).any(-1),
-        lp.gather(-1, sampled).squeeze(-1),
-        lq.gather(-1, sampled).squeeze(-1),
-        direction=direction,
-        behaviour_logp=behaviour_logp,
-    )
+    at = [t.gather(-1, ids) for ids in (head_ids, sampled) for t in (lp, lq)]
+    logp, ref_logp = (t.squeeze(-1) for t in at[2:])
+    inside = (head_ids == sampled).any(-1)
+    return support_kl(at[0], at[1], inside, logp, ref_logp, direction=direction, behaviour_logp=behaviour_logp)
 
 
 def support_kl(

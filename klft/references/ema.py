@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,10 +49,9 @@ class EMAReference(FrozenReference):
         inner: Any = unwrap(model)
         self.decay, self.every, self.steps = decay, every, 0
         self._swaps = hasattr(inner, "disable_adapter")
-        if self._swaps:
-            ModelReference.__init__(self, inner)
-        else:
-            super().__init__(copy.deepcopy(inner))
+        (ModelReference if self._swaps else FrozenReference).__init__(
+            self, inner if self._swaps else copy.deepcopy(inner)
+        )
         self._kept = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self.model.named_parameters()
@@ -74,8 +73,8 @@ class EMAReference(FrozenReference):
 
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError if the policy trains weights that are the reference's too, and are not averaged."""
-        fixed = [p for name, p in self.model.named_parameters() if not (self._swaps and name in self._kept)]
-        shared = trained_weights(policy, fixed)
+        averaged = self._kept if self._swaps else {}
+        shared = trained_weights(policy, [p for name, p in self.model.named_parameters() if name not in averaged])
         if shared:
             raise ValueError(
                 f"these weights are trained but belong to the reference, which does not average them: {shared[:3]}. "
@@ -98,13 +97,8 @@ class EMAReference(FrozenReference):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`. ValueError where its tensors are not those of this model."""
-        own = self.state_dict()
-        differ = [
-            n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape != state[n].shape
-        ]
-        if differ:
-            raise ValueError(f"EMAReference: the state is of another model: {sorted(differ)[:3]} do not fit")
+        """Continue from `state_dict()`. ValueError where a tensor is missing or of another size."""
+        _check_match(self.state_dict(), state, "the state")
         for name, average in self._averages().items():
             average.copy_(state[name])
         self._write_back()
@@ -117,15 +111,7 @@ class EMAReference(FrozenReference):
     @torch.no_grad()
     def _follow(self, policy: nn.Module, decay: float) -> None:
         theirs, averages = dict(unwrap(policy).named_parameters()), self._averages()
-        strange = [
-            name for name, average in averages.items() if name not in theirs or theirs[name].shape != average.shape
-        ]
-        if strange:
-            raise ValueError(
-                f"EMAReference: the policy has no weight like {strange[0]} {list(averages[strange[0]].shape)} "
-                f"({len(strange)} in all): it is another model, has got an adapter since, or ZeRO-3 or FSDP1 keep its "
-                "weights elsewhere. Make the EMAReference of the policy as it is trained"
-            )
+        _check_match(averages, theirs, "the policy")
         for name, average in averages.items():
             value: Tensor = theirs[name]
             if isinstance(value, DTensor) and not isinstance(average, DTensor):
@@ -142,12 +128,18 @@ class EMAReference(FrozenReference):
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        if not self._swaps:
-            with super()._scoring():
-                yield
-            return
-        with evaluating(self.model), _in_place_of(self.model, self._kept):
+        with evaluating(self.model), _in_place_of(self.model, self._kept) if self._swaps else nullcontext():
             yield
+
+
+def _check_match(averages: dict[str, Tensor], others: dict[str, Any], where: str) -> None:
+    lacking = [n for n, t in averages.items() if n not in others or others[n].shape != t.shape]
+    if lacking:
+        raise ValueError(
+            f"EMAReference: {where} has no whole {lacking[0]} {list(averages[lacking[0]].shape)} ({len(lacking)} in "
+            "all): it is another model's, has got an adapter since, or is sharded. Make the EMAReference of the policy "
+            "as it is trained"
+        )
 
 
 @contextmanager
@@ -156,14 +148,8 @@ def _in_place_of(model: nn.Module, averages: dict[str, Tensor]) -> Iterator[None
 
     Other Parameter objects, not other data in the same ones: autocast would go on with what it had cast before.
     """
-    own = dict(model.named_parameters())
-    elsewhere = [
-        n for n, t in averages.items() if n not in own or isinstance(own[n], DTensor) or own[n].shape != t.shape
-    ]
-    if elsewhere:
-        raise ValueError(
-            f"EMAReference: {elsewhere[0]} is sharded, and an adapter's average needs it whole: do not shard the policy"
-        )
+    own = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    _check_match(averages, own, "the policy")
     read = {own[name]: nn.Parameter(t.to(own[name]), requires_grad=False) for name, t in averages.items()}
     places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None and p in read]
     try:

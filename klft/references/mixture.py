@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from klft.heads import LMHead
 from klft.references.protocol import Reference, resolve_reference
 
 if TYPE_CHECKING:
@@ -76,17 +75,3 @@ class MixtureReference(Reference):
         """Continue from `state_dict()`."""
         for i, (_, each) in enumerate(self.parts):
             each.load_state_dict({k.removeprefix(f"{i}."): t for k, t in state.items() if k.startswith(f"{i}.")})
-
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> Tensor:
-        """Raises TypeError: a weighted sum of KLs is the KL to no distribution."""
-        raise TypeError(
-            "MixtureReference has no logits: it is a weighted sum of KLs. Ask its parts, or KLPenalty.measure"
-        )
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> tuple[Tensor, LMHead]:
-        """Raises TypeError: see `logits`."""
-        raise TypeError("MixtureReference has no hidden states: it is a weighted sum of KLs. Ask its parts")
-
-    def hidden_of(self, inputs: dict[str, Any]) -> tuple[Tensor, LMHead]:
-        """Raises TypeError: see `logits`."""
-        return self.hidden(Tensor(), Tensor())

@@ -18,8 +18,8 @@ class Reference(Protocol):
     """A frozen next-token distribution. Whatever has these members can stand in for it; nobody asks for its class.
 
     `logits` and `hidden` run without gradient, in eval mode, with every token at the position it would have without
-    padding, and leave all modes as they were. A class that derives from this one need not define what is about moving
-    and changing: by default it stays where it is and what it is.
+    padding, and leave all modes as they were. A class that derives from this one need not define what it has not: by
+    default it stays where it is and what it is, and has no logits and hidden states.
 
     Further members, for what is no single model: `parts`, a list of (weight, Reference), where the penalty is a
     weighted sum of KLs (MixtureReference); `score`, where it gives scores and no logits (TopKReference);
@@ -29,7 +29,7 @@ class Reference(Protocol):
     @property
     def name(self) -> str:
         """Name in reports."""
-        ...
+        return type(self).__name__
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +39,7 @@ class Reference(Protocol):
     @property
     def max_positions(self) -> int | None:
         """The longest text it can read, in tokens; None where it has no limit."""
-        ...
+        return None
 
     def to(self, device: torch.device | str) -> None:
         """Move to a device, if it can be moved (a quantised or device-mapped body stays where it is)."""
@@ -47,8 +47,8 @@ class Reference(Protocol):
     def logits(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> Float[Tensor, "B K V"]:
-        """Logits of the last `keep` positions (0: all), on the device of input_ids."""
-        ...
+        """Logits of the last `keep` positions (0: all), on the device of input_ids. TypeError where there are none."""
+        raise TypeError(f"{type(self).__name__} has no logits of its own: ask KLPenalty.measure")
 
     def hidden(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
@@ -57,7 +57,7 @@ class Reference(Protocol):
 
         Raises TypeError where the head cannot be read: then ask for logits.
         """
-        ...
+        raise TypeError(f"{type(self).__name__} has no hidden states of its own: ask KLPenalty.measure")
 
     def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
         """(hidden states at all positions, head) of one forward of the backbone with these keyword arguments, as
@@ -65,7 +65,7 @@ class Reference(Protocol):
 
         Raises TypeError where the head cannot be read.
         """
-        ...
+        raise TypeError(f"{type(self).__name__} has no hidden states of its own: ask KLPenalty.measure")
 
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError, naming a parameter, if training the policy would move the reference."""

@@ -8,7 +8,7 @@ kl = penalty.measure_scores(reference.score_hidden(hidden, head, input_ids, mask
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,6 @@ from klft.references.protocol import Reference
 from klft.scores import TokenScores
 
 CHUNK = 128  # tokens whose rows of the head are gathered at a time
-NO_MODEL = "TopKReference: only log-probabilities of given tokens are known: there are no {} to be had from it"
 
 
 @runtime_checkable
@@ -32,6 +31,10 @@ class HasLogprob(Protocol):
     """vllm.logprobs.Logprob, or its like."""
 
     logprob: float
+
+
+Ids2Numbers = Callable[[Tensor], Tensor]
+PromptLogprobs = Sequence[Sequence[Mapping[int, HasLogprob] | None]]
 
 
 class TopKReference(Reference):
@@ -44,9 +47,9 @@ class TopKReference(Reference):
     These estimates stand where exact KLs do: in `estimator="exact"`, in metrics.
 
     Args:
-        ids: the k tokens that are known, chosen without a look at the token that is there; distinct.
-        logps: their log-probabilities, in nats, at temperature 1. -inf pads: it says nothing of the token.
-        sampled_logp: of the token itself.
+        ids: [B, T, k], the tokens that are known, chosen without a look at the token that is there; distinct.
+        logps: [B, T, k], their log-probabilities, in nats, at temperature 1. -inf pads: it says nothing of the token.
+        sampled_logp: [B, T], of the token itself.
 
     Column t is about token t given what stands before it, as in input_ids; column 0 predicts nothing and is not read.
     Raises ValueError for shapes that do not fit, NaN, duplicates, and more probability than 1.
@@ -54,12 +57,7 @@ class TopKReference(Reference):
 
     fixed_text = "only log-probabilities of given tokens are known"
 
-    def __init__(
-        self,
-        ids: Int[Tensor, "..."],  # [B, T, k]
-        logps: Float[Tensor, "..."],  # [B, T, k]
-        sampled_logp: Float[Tensor, "..."],  # [B, T]
-    ):
+    def __init__(self, ids: Int[Tensor, "..."], logps: Float[Tensor, "..."], sampled_logp: Float[Tensor, "..."]):
         if ids.dim() != 3 or logps.shape != ids.shape or sampled_logp.shape != ids.shape[:2]:
             raise ValueError(
                 f"TopKReference: expected ids and logps [B, T, k] and sampled_logp [B, T], got {list(ids.shape)}, "
@@ -78,18 +76,9 @@ class TopKReference(Reference):
                 raise ValueError(f"TopKReference: {problem} at [sample, position] {places.nonzero()[0].tolist()}")
 
     @property
-    def name(self) -> str:
-        """How many tokens per position are known."""
-        return f"log-probabilities of {self.ids.shape[2]} tokens per position"
-
-    @property
     def vocab_size(self) -> int:
         """Ids up to the largest that is known: its head may have more rows."""
         return int(self.ids.max()) + 1 if self.ids.numel() else 0
-
-    @property
-    def max_positions(self) -> None:
-        """None: the texts have been read."""
 
     @property
     def _known(self) -> Bool[Tensor, "B T k"]:
@@ -97,11 +86,7 @@ class TopKReference(Reference):
 
     @classmethod
     def from_vllm(
-        cls,
-        prompt_logprobs: Sequence[Sequence[Mapping[int, HasLogprob] | None]],
-        token_ids: Int[Tensor, "B T"],
-        attention_mask: Int[Tensor, "B T"],
-        k: int,
+        cls, prompt_logprobs: PromptLogprobs, token_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], k: int
     ) -> "TopKReference":
         """From what vLLM returned for these B texts under SamplingParams(prompt_logprobs=k), the same k.
 
@@ -142,8 +127,7 @@ class TopKReference(Reference):
             raise ValueError(f"TopKReference: logps are of temperature 1, and cannot be had at {temperature}")
         chosen = logits[mask]
         return self._scores(
-            lambda ids: upcast(chosen.gather(-1, ids)),
-            lambda ids: token_logps(chosen, ids),
+            lambda ids: upcast(chosen.gather(-1, ids)), lambda ids: token_logps(chosen, ids),
             chosen.shape[-1], token_ids, mask, behaviour_logp,
         )  # fmt: skip
 
@@ -161,25 +145,20 @@ class TopKReference(Reference):
             raise ValueError("TopKReference: the head is split over processes, and rows of all of it are needed")
         chosen = hidden[mask]
         return self._scores(
-            lambda ids: torch.cat(
-                [
-                    checkpoint(_logits_at, head, *part, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-                    for part in zip(chosen.split(CHUNK), ids.split(CHUNK), strict=True)
-                ]
-            ),
-            lambda ids: token_scores(chosen, head, ids).logp,
+            lambda ids: _logits_at(head, chosen, ids), lambda ids: token_scores(chosen, head, ids).logp,
             head.vocab_size, token_ids, mask, behaviour_logp,
         )  # fmt: skip
 
     def _scores(
         self,
-        logits_at: Callable[[Tensor], Tensor],  # [N, m] ids -> [N, m]
-        logp_of: Callable[[Tensor], Tensor],  # [N] ids -> [N]
-        vocab_size: int,
+        z_of: Ids2Numbers,
+        logp_of: Ids2Numbers,
+        size: int,
         token_ids: Tensor,
         mask: Tensor,
-        behaviour_logp: Tensor | None,
+        behaviour: Tensor | None,
     ) -> TokenScores:
+        """From functions of ids: logits [N, m] of ids [N, m], log-probabilities [N] of ids [N]; `size`: vocabulary."""
         if token_ids.shape != self.sampled_logp.shape:
             shapes = f"{list(self.sampled_logp.shape)}, token_ids {list(token_ids.shape)}"
             raise ValueError(f"TopKReference: it is of another batch: sampled_logp {shapes}")
@@ -187,8 +166,8 @@ class TopKReference(Reference):
         ids, ref_logp = (t.to(mask.device)[mask] for t in (self.ids, self.sampled_logp))
         ids, own = ids.masked_fill(~known, 0), token_ids[mask].unsqueeze(-1)
         wanted = torch.cat([ids, own], -1)
-        check_ids(wanted, vocab_size, "TopKReference")
-        z = logits_at(wanted)
+        check_ids(wanted, size, "TopKReference")
+        z = z_of(wanted)
         # log Z from the likeliest of them, which cannot be -inf.
         likeliest = z.detach().argmax(-1, keepdim=True)
         logps = z - z.gather(-1, likeliest) + logp_of(wanted.gather(-1, likeliest).squeeze(-1)).unsqueeze(-1)
@@ -199,7 +178,7 @@ class TopKReference(Reference):
                 "TopKReference: sampled_logp is not what logps say of the same token: is it shifted by one?"
             )
         ref_logps, ref_logp = ref_logps.to(z), ref_logp.to(z)
-        behaviour = None if behaviour_logp is None else behaviour_logp[mask].to(z)
+        behaviour = None if behaviour is None else behaviour[mask].to(z)
         found = {"logp": logps[:, -1], "ref_logp": ref_logp}
         for direction in ("reverse", "forward"):
             found[f"{direction}_kl"] = support_kl(
@@ -208,21 +187,14 @@ class TopKReference(Reference):
             )  # fmt: skip
         return TokenScores(**{name: scatter_masked(t, mask) for name, t in found.items()})
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> Tensor:
-        """Raises TypeError: see `score`."""
-        raise TypeError(NO_MODEL.format("logits"))
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> tuple[Tensor, LMHead]:
-        """Raises TypeError: see `score_hidden`."""
-        raise TypeError(NO_MODEL.format("hidden states"))
+def _logits_at(head: LMHead, hidden: Float[Tensor, "N D"], ids: Int[Tensor, "N m"]) -> Float[Tensor, "N m"]:
+    """Logits of some ids per token: in chunks, from the head's rows of those alone, gathered again in the backward."""
 
-    def hidden_of(self, inputs: dict[str, Any]) -> tuple[Tensor, LMHead]:
-        """Raises TypeError: see `score_hidden`."""
-        raise TypeError(NO_MODEL.format("hidden states"))
+    def chunk(hidden: Tensor, ids: Tensor) -> Tensor:
+        rows, places = ids.unique(return_inverse=True)
+        few = replace(head, weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+        return few.logits(hidden).gather(-1, places)
 
-
-def _logits_at(head: LMHead, hidden: Float[Tensor, "n D"], ids: Int[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """Logits of some ids per token, from the head's rows of those alone."""
-    rows, places = ids.unique(return_inverse=True)
-    bias = None if head.bias is None else head.bias[rows]
-    return replace(head, weight=head.weight[rows], bias=bias).logits(hidden).gather(-1, places)
+    parts = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # pyright: ignore

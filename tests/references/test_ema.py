@@ -198,9 +198,8 @@ def test_a_state_brings_back_the_very_average(make, dtype):
     assert reference.steps == other.steps == 5
     lacking = reference.state_dict()
     lacking.pop(next(iter(lacking)))
-    for strange in (lacking, reference.state_dict() | {"another": torch.zeros(1)}):
-        with pytest.raises(ValueError, match="the state is of another model"):
-            other.load_state_dict(strange)
+    with pytest.raises(ValueError, match="the state has no whole"):
+        other.load_state_dict(lacking)
 
 
 def test_a_trained_head_and_tied_copies_are_averaged_too():
@@ -229,7 +228,7 @@ def test_what_cannot_be_followed_is_refused():
     reference = EMAReference(tiny.llama(), 0.9)
     before = reference.logits(IDS, MASK)
     for other in (lora_policy(), tiny.llama(hidden_size=32)):
-        with pytest.raises(ValueError, match="the policy has no weight like model"):
+        with pytest.raises(ValueError, match="the policy has no whole model"):
             reference.after_step(other)
     assert torch.equal(reference.logits(IDS, MASK), before), "not half of it either"
     policy = lora_policy()
