@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from klft.ppo import PPOConfig, PPOTrainer
     from klft.references import (
         AdapterReference,
+        CachedReference,
         EMAReference,
         FrozenReference,
         MixtureReference,
@@ -60,7 +61,8 @@ _NAMES = {
     "klft.penalty": ("KLPenalty",),
     "klft.ppo": ("PPOConfig", "PPOTrainer"),
     "klft.references": (
-        "AdapterReference", "EMAReference", "FrozenReference", "MixtureReference", "TopKReference", "resolve_reference",
+        "AdapterReference", "CachedReference", "EMAReference", "FrozenReference", "MixtureReference", "TopKReference",
+        "resolve_reference",
     ),
     "klft.scores": ("TokenScores", "kl_metrics", "score_logits"),
     "klft.shaping": ("shape_rewards",),
@@ -69,7 +71,7 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "AdapterReference", "AdaptiveKL", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty", "LMHead",
+    "AdapterReference", "AdaptiveKL", "CachedReference", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty", "LMHead",
     "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores",
     "TopKReference", "VocabShard", "alpha_divergence",
     "causal_inputs", "check_setup", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl",

@@ -76,6 +76,12 @@ class LMHead:
         bias = None if self.bias is None else self.bias[start:stop]
         return replace(self, weight=self.weight[start:stop], bias=bias, shard=shard)
 
+    def to(self, device: torch.device | str) -> "LMHead":
+        """The same on a device: a reference may live on another one."""
+        return replace(
+            self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device)
+        )  # fmt: skip
+
     def cut(self, vocab_size: int) -> "LMHead":
         """The same head over the ids below `vocab_size` alone (padding rows left out). ValueError if it has fewer."""
         if not 0 < vocab_size <= self.vocab_size:

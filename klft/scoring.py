@@ -13,7 +13,7 @@ get their modes back.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,12 +69,8 @@ class Predictions:
 
     def on(self, device: torch.device) -> "Predictions":
         """The same on a device: a reference may live on another one."""
-        head = self.head
-        if head is not None:
-            bias = None if head.bias is None else head.bias.to(device)
-            head = replace(head, weight=head.weight.to(device), bias=bias)
-        hidden, logits = (None if t is None else t.to(device) for t in (self.hidden, self.logits))
-        return Predictions(hidden, head, logits)
+        hidden, head, logits = (None if t is None else t.to(device) for t in (self.hidden, self.head, self.logits))
+        return Predictions(hidden, head, logits)  # pyright: ignore[reportArgumentType]
 
     def chunk(self, rows: slice) -> Float[Tensor, "n V"]:
         """Logits of some of the tokens, in fp32 or fp64."""

@@ -40,7 +40,7 @@ OUTSIDE = {
     1: ARRAYS,
     2: MODELS | {"accelerate"},
     3: ARRAYS,  # and triton, in triton_backend
-    4: MODELS | {"trl"},
+    4: MODELS | {"trl", "safetensors"},
     5: MODELS | {"trl"},
     6: TRAINING,
 }

@@ -174,6 +174,12 @@ def build_policy_and_reference(
     now. Refuses one that would move with the policy, or speaks about another vocabulary, and a policy that sees what
     follows or reads padding: prompts are padded on the left.
     """
+    unfit = "it is no single model" if hasattr(reference, "parts") else getattr(reference, "fixed_text", None)
+    if unfit:
+        raise TypeError(
+            f"reference: a {type(reference).__name__} cannot score what the policy will sample ({unfit}): pass a "
+            "model, an AdapterReference or an EMAReference"
+        )
     check_causal(model)
     check_left_padding(model)
     check_method(model, peft_config)

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from support import tiny
 
-from klft import EMAReference
+from klft import CachedReference, EMAReference, FrozenReference, MixtureReference, TopKReference
 
 KINDS = pytest.mark.parametrize("kind", ["full", "adapter"])
 
@@ -56,3 +56,12 @@ def test_another_kind_of_reference_does_not_resume(tmp_path):
     with pytest.raises(ValueError, match=r"its run's reference moves, and .* does not move"):
         still.train(resume_from_checkpoint=True)
     rest.train(resume_from_checkpoint=True)
+
+
+def test_references_that_cannot_score_rollouts_are_refused(tmp_path):
+    ids = torch.tensor([[4, 5, 6]])
+    cached = CachedReference.write(tmp_path / "cache", FrozenReference(tiny.apart()), [(ids, torch.ones_like(ids))])
+    known = TopKReference(ids.unsqueeze(-1), torch.full((1, 3, 1), -1.0), torch.full((1, 3), -1.0))
+    for reference in (cached, known, MixtureReference([(1.0, tiny.apart())])):
+        with pytest.raises(TypeError, match=f"a {type(reference).__name__} cannot score what the policy will sample"):
+            tiny.trainer(tmp_path / "run", given={"reference": reference})
