@@ -71,14 +71,13 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "AdapterReference", "AdaptiveKL", "CachedReference", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty", "LMHead",
-    "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL", "TokenScores",
-    "TopKReference", "VocabShard", "alpha_divergence",
-    "causal_inputs", "check_setup", "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl",
-    "fused_token_loss",
-    "hidden_states", "jsd", "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum",
-    "masked_var", "masked_whiten", "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits",
-    "shape_rewards", "skew_kl", "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
+    "AdapterReference", "AdaptiveKL", "CachedReference", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty",
+    "LMHead", "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL",
+    "TokenScores", "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "entropy",
+    "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd", "k1", "k2",
+    "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
+    "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits", "shape_rewards", "skew_kl",
+    "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
 ]  # fmt: skip
 
 

@@ -69,6 +69,11 @@ def causal_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, k
     return inputs
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where its inputs go: with the first weight that is not offloaded. accelerate's hooks take them from there."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 _ignoring_padding: set[type] = set()  # classes whose logits left padding was seen not to change
 _causal: set[type] = set()  # classes whose logits were seen not to depend on what follows
 
@@ -87,7 +92,7 @@ def _probe_tokens(model: nn.Module, count: int) -> Tensor:
     """Ids [1, count], all over the vocabulary; fewer where the model has not so many positions."""
     size = vocab_size(model)
     ids = (torch.arange(min(count, max_positions(model) or count)) * 7 + 5) % size
-    return ids[None].to(next(model.parameters()).device)
+    return ids[None].to(device_of(model))
 
 
 def check_left_padding(model: nn.Module, role: str = "model") -> None:

@@ -148,7 +148,7 @@ class CachedReference(Reference):
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"], keep: int = 0
     ) -> tuple[Float[Tensor, "B K D"], LMHead]:
         """(hidden states of the last `keep` positions, head), on the head's device; 0 at padding."""
-        real = attention_mask.cpu() != 0
+        real = attention_mask != 0
         return self._read(input_ids, real, torch.zeros_like(real))[:, -keep:], self._head
 
     def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
@@ -156,20 +156,19 @@ class CachedReference(Reference):
 
         Raises ValueError where there is more than ids, a mask [B, T] and positions: images, embeddings, masks by pair.
         """
-        others = [
-            name for name, t in inputs.items() if isinstance(t, Tensor) and (t.is_floating_point() or t.dim() > 2)
-        ]
-        if others or not isinstance(inputs.get("input_ids"), Tensor):
-            raise ValueError(f"CachedReference: texts are found by their token ids alone, got {sorted(inputs)}")
         ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        more = [n for n, t in inputs.items() if isinstance(t, Tensor) and (t.is_floating_point() or t.dim() > 2)]
+        if more or ids is None:
+            raise ValueError(f"CachedReference: texts are found by their token ids alone, got {sorted(inputs)}")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-        starts = torch.zeros_like(real) if positions is None else positions == 0
-        return self._read(ids, real.cpu(), starts.cpu().expand_as(ids)), self._head
+        starts = torch.zeros_like(real) if positions is None else (positions == 0).expand_as(real)
+        return self._read(ids, real, starts), self._head
 
     def _read(self, ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"], starts: Bool[Tensor, "B T"]) -> Tensor:
         """Hidden states [B, T, D]; a row is one text, or several where `starts` holds after its first token."""
         device, out = self._head.weight.device, None
-        for i, row in enumerate(ids.cpu()):
+        ids, real, starts = ids.cpu(), real.cpu(), starts.cpu()
+        for i, row in enumerate(ids):
             places = real[i].nonzero().flatten()
             for text in places.tensor_split(starts[i, places].nonzero().flatten().tolist()):
                 if len(text):

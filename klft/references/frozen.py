@@ -19,6 +19,7 @@ from klft.models import (
     check_causal,
     check_left_padding,
     check_no_shared_storage,
+    device_of,
     hidden_states,
     max_positions,
     require_causal_lm,
@@ -92,14 +93,14 @@ class ModelReference:
         """(hidden states at all positions, head) of one forward of the backbone with these very keyword arguments, as
         another model's backbone got them: positions, packing and images come along. TypeError as for `hidden`.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         with self._scoring():
             hidden = base_of(self.model).base_model(**inputs).last_hidden_state
             return hidden, LMHead.from_model(self.model)
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
 
     def _logits(self, inputs: dict[str, Any], keep: int) -> Tensor:
@@ -162,8 +163,9 @@ class FrozenReference(ModelReference):
         model.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model, unless it is quantised or spread over devices."""
-        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
+        """Move the model, unless it is quantised, spread over devices or offloaded."""
+        placed = getattr(self.model, "hf_device_map", None) or any(p.is_meta for p in self.model.parameters())
+        if not placed and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
 
     def check_independent(self, policy: nn.Module) -> None:
@@ -181,7 +183,7 @@ class FrozenReference(ModelReference):
         for name, p in own:
             other = theirs.get(name, theirs.get(name.replace(".weight", ".base_layer.weight")))
             known = other is not None and other.shape == p.shape and p.dim() == 2 and p.is_floating_point()
-            if known and not isinstance(p, DTensor) and not isinstance(other, DTensor):
+            if known and not any(isinstance(t, DTensor) or t.is_meta for t in (p, other)):  # pyright: ignore
                 distances.append((other.to(p) - p).float().norm() / p.float().norm().clamp(min=1e-12))  # pyright: ignore
         return float(torch.stack([d.cpu() for d in distances]).median()) if distances else None
 
