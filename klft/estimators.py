@@ -202,15 +202,10 @@ def top_k_kl(
 
 
 def support_kl(
-    logps: Float[Tensor, "*B k"],
-    ref_logps: Float[Tensor, "*B k"],
-    inside: Bool[Tensor, "*B"],
-    logp: Float[Tensor, "*B"],
-    ref_logp: Float[Tensor, "*B"],
-    *,
-    direction: str,
-    behaviour_logp: Float[Tensor, "*B"] | None = None,
-) -> Float[Tensor, "*B"]:
+    logps: Float[Tensor, "*B k"], ref_logps: Float[Tensor, "*B k"], inside: Bool[Tensor, "*B"],
+    logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"], *,
+    direction: str, behaviour_logp: Float[Tensor, "*B"] | None = None,
+) -> Float[Tensor, "*B"]:  # fmt: skip
     """KL: the terms of k tokens, summed, plus the sampled token's over its probability where it is none of them.
 
     Nats, >= 0. Unbiased in value and gradient for any k tokens that do not depend on the sampled one. A term is

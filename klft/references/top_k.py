@@ -110,14 +110,9 @@ class TopKReference(Reference):
         return cls(ids, logps, sampled)
 
     def score(
-        self,
-        logits: Float[Tensor, "B T V"],
-        token_ids: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        *,
-        behaviour_logp: Float[Tensor, "B T"] | None = None,
-        temperature: float = 1.0,
-    ) -> TokenScores:
+        self, logits: Float[Tensor, "B T V"], token_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *,
+        behaviour_logp: Float[Tensor, "B T"] | None = None, temperature: float = 1.0,
+    ) -> TokenScores:  # fmt: skip
         """logp, ref_logp and both KLs [B, T] of the tokens where `mask` holds, 0 elsewhere. Differentiable in logits.
 
         `logits[:, t]` are what predicts token t: shifted already, as KLPenalty.measure has them. Raises ValueError for
@@ -132,14 +127,9 @@ class TopKReference(Reference):
         )  # fmt: skip
 
     def score_hidden(
-        self,
-        hidden: Float[Tensor, "B T D"],
-        head: LMHead,
-        token_ids: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        *,
+        self, hidden: Float[Tensor, "B T D"], head: LMHead, token_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *,
         behaviour_logp: Float[Tensor, "B T"] | None = None,
-    ) -> TokenScores:
+    ) -> TokenScores:  # fmt: skip
         """`score` without logits: from hidden states that predict token_ids (no shift), and rows of the head."""
         if head.shard is not None:
             raise ValueError("TopKReference: the head is split over processes, and rows of all of it are needed")
