@@ -1,7 +1,7 @@
 """A trainer's batch under policy and reference: the loss, the scores of its tokens, and what is logged of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from klft.fused import fused_token_loss, token_scores
 from klft.integrations.backbone import BackboneCall, versions
 from klft.integrations.batch import Batch
 from klft.masked import scatter_masked
-from klft.penalty import KLPenalty, TokenKL
+from klft.penalty import KLPenalty, TokenKL, mixed_scores
+from klft.references import Reference
 from klft.scores import TokenScores, flat_metrics
 from klft.scoring import Predictions, Scorer
 
@@ -29,15 +30,20 @@ class PolicySide:
     """One reference, its part in the penalty, and what compares the policy with it."""
 
     weight: float
-    reference: Any
+    reference: Reference
+    penalty: KLPenalty  # with this reference alone
     scorer: Scorer
 
     @staticmethod
     def of(penalty: KLPenalty, args: "TrainingArguments") -> "list[PolicySide]":
         """A mixture's references, or the only one."""
-        parts = getattr(penalty.reference, "parts", None) or [(1.0, penalty.reference)]
         temperature = getattr(args, "temperature", 1.0)
-        return [PolicySide(weight, part, Scorer(part, temperature=temperature)) for weight, part in parts]
+        sides = []
+        for weight, reference in getattr(penalty.reference, "parts", [(1.0, penalty.reference)]):
+            alone = copy.copy(penalty)  # the controller is the same
+            alone.reference = reference
+            sides.append(PolicySide(weight, reference, alone, Scorer(reference, temperature=temperature)))
+        return sides
 
 
 @dataclass
@@ -82,20 +88,22 @@ def measure(
         reference = Predictions(ref_hidden[batch.predicts.to(ref_hidden.device)], ref_head).on(device)
         inputs.append(side.scorer.fused_inputs(policy, reference, token_ids))
     numbers = torch.unique_consecutive(batch.pick(batch.sequence), return_inverse=True)[1]
-    losses, weight = (), None
-    scores = None
+    losses, weight, scores = (), None, None
     if top_k or not loss_wanted or penalty.token_rule is not None:
         with torch.no_grad():
-            scores = _mixed(sides, [token_scores(**given, top_k=top_k) for given in inputs])
-        ruled = _in_rows(penalty, scores, batch, numbers)
+            scores = [token_scores(**given, top_k=top_k) for given in inputs]
+        ruled = _in_rows(penalty, sides, scores, batch, numbers)
         weight = None if ruled.weight is None else ruled.weight[ruled.mask]
     if loss_wanted:
-        losses, each = zip(*(_loss_and_scores(penalty, given, batch, weight) for given in inputs), strict=True)
-        scores = scores or _mixed(sides, each)
+        pairs = [
+            _loss_and_scores(side.penalty, given, batch, weight) for side, given in zip(sides, inputs, strict=True)
+        ]
+        losses, each = zip(*pairs, strict=True)
+        scores = scores or list(each)
     assert scores is not None
-    kl = _in_rows(penalty, scores, batch, numbers)
+    kl = _in_rows(penalty, sides, scores, batch, numbers)
     loss = torch.stack([side.weight * t for side, t in zip(sides, losses, strict=True)]).sum() if losses else None
-    return Measured(token_ids, numbers, scores, kl, loss)
+    return Measured(token_ids, numbers, scores[0] if len(sides) == 1 else _flat(kl), kl, loss)
 
 
 def _loss_and_scores(
@@ -120,60 +128,61 @@ def _loss_and_scores(
     return fused_token_loss(loss_of, **inputs, per_token=tuple(constants.values())), TokenScores(**kept)
 
 
-def _mixed(sides: list[PolicySide], scores: Sequence[TokenScores]) -> TokenScores:
-    """Scores under a mixture: the weighted sums of what is the reference's."""
-    if len(sides) == 1:
-        return scores[0]
-    summed = ("ref_logp", "ref_entropy", "reverse_kl", "forward_kl")
-    return replace(scores[0], top1_agree=None, ref_top_ids=None, ref_top_p=None, **{
-        name: sum(side.weight * getattr(of_side, name) for side, of_side in zip(sides, scores, strict=True))
-        for name in summed
-    })  # fmt: skip
-
-
-def _in_rows(penalty: KLPenalty, scores: TokenScores, batch: Batch, numbers: Int[Tensor, "N"]) -> TokenKL:
-    """[N] -> [S, L]: a sequence's counted tokens in one row, from its start."""
+def _in_rows(
+    penalty: KLPenalty, sides: list[PolicySide], scores: list[TokenScores], batch: Batch, numbers: Int[Tensor, "N"]
+) -> TokenKL:
+    """[N] under each reference -> [S, L]: a sequence's counted tokens in one row, from its start."""
     lengths = torch.bincount(numbers)
     columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=numbers.device)
     mask = columns < lengths[:, None]
+    rows = [
+        TokenScores(**{name: scatter_masked(t, mask) for name, t in each.items() if name in SCORES}) for each in scores
+    ]
+    parts = tuple((side.weight, each) for side, each in zip(sides, rows, strict=True)) if len(sides) > 1 else ()
     behaviour = None if batch.behaviour_logp is None else scatter_masked(batch.pick(batch.behaviour_logp), mask)
-    rows = {name: scatter_masked(t, mask) for name, t in scores.items() if name in SCORES}
-    token_ids = scatter_masked(batch.pick(batch.token_ids), mask)
-    return penalty.measure_scores(TokenScores(**rows), mask, token_ids=token_ids, behaviour_logp=behaviour)
+    return penalty.measure_scores(
+        mixed_scores(parts) if parts else rows[0], mask, token_ids=scatter_masked(batch.pick(batch.token_ids), mask),
+        behaviour_logp=behaviour, parts=parts,
+    )  # fmt: skip
+
+
+def _flat(kl: TokenKL) -> TokenScores:
+    return TokenScores(**{name: t[kl.mask] for name, t in kl.scores.items()})
 
 
 @dataclass
 class Measurements:
-    """Tokens since the last log, on this process: columns of SCORES and the weight, and their sequences."""
+    """Tokens since the last log, on this process: those of SCORES that are known, the weight, and the sequence."""
 
-    columns: list[Float[Tensor, "N 7"]] = field(default_factory=list)
-    sequences: list[Int[Tensor, "N"]] = field(default_factory=list)
+    columns: dict[str, list[Float[Tensor, "N"]]] = field(default_factory=dict)
     next_sequence: int = 0
 
     def add(self, measured: Measured) -> None:
         """The tokens of a batch, on the CPU."""
         kl = measured.kl
-        columns = [getattr(kl.scores, name) for name in SCORES] + [kl.weights]
-        self.columns.append(torch.stack([t[kl.mask].float() for t in columns], -1).cpu())
-        self.sequences.append(measured.sequence.cpu() + self.next_sequence)
+        flat = {name: t for name, t in _flat(kl).items() if name in SCORES} | {"weight": kl.weights[kl.mask]}
+        flat["sequence"] = measured.sequence + self.next_sequence
         self.next_sequence += len(kl.mask)
-        while sum(map(len, self.columns[1:])) > KEPT_TOKENS:
-            del self.columns[0], self.sequences[0]
+        for name, t in flat.items():
+            self.columns.setdefault(name, []).append(t.double().cpu())
+        while sum(map(len, self.columns["sequence"][1:])) > KEPT_TOKENS:
+            for kept in self.columns.values():
+                del kept[0]
 
     def take(self, accelerator: "Accelerator", sampled: bool) -> dict[str, float]:
-        """The metrics of all processes' tokens; all processes call it together. Forgets the tokens."""
-        columns = torch.cat([torch.zeros(0, len(SCORES) + 1), *self.columns])
-        sequence = torch.cat([torch.zeros(0, dtype=torch.long), *self.sequences])
-        sequence = sequence * accelerator.num_processes + accelerator.process_index
-        self.columns, self.sequences, self.next_sequence = [], [], 0
-        table = torch.cat([columns.double(), sequence[:, None].double()], 1).to(accelerator.device)
-        padded: Any = accelerator.pad_across_processes(table[None], dim=1, pad_index=-1)
-        gathered = accelerator.gather(padded).flatten(0, 1).cpu()  # pyright: ignore
-        *values, weight, sequence = gathered[gathered[:, -1] >= 0].unbind(-1)
-        counts = weight != 0
-        if not bool(counts.any()):
+        """The metrics of all processes' tokens; all processes that have measured call it together. Forgets them."""
+        if not self.columns:
             return {}
-        scores = TokenScores(**{name: t[counts] for name, t in zip(SCORES, values, strict=True)})
-        scores.sampled = torch.full_like(scores.logp, sampled, dtype=torch.bool)
-        numbers = torch.unique(sequence[counts], return_inverse=True)[1]
-        return flat_metrics(scores, numbers, weight[counts])
+        names, table = [*self.columns], torch.stack([torch.cat(kept) for kept in self.columns.values()], -1)
+        self.columns, self.next_sequence = {}, 0
+        # Sequences of different processes by different numbers; padding by a negative one.
+        table[:, -1] = table[:, -1] * accelerator.num_processes + accelerator.process_index
+        padded: Any = accelerator.pad_across_processes(table[None].to(accelerator.device), dim=1, pad_index=-1)
+        gathered = accelerator.gather(padded).flatten(0, 1).cpu()  # pyright: ignore
+        gathered = gathered[(gathered[:, -1] >= 0) & (gathered[:, -2] != 0)]
+        if not len(gathered):
+            return {}
+        *values, weight, sequence = gathered.unbind(-1)
+        scores = TokenScores(**dict(zip(names, values, strict=False)))
+        scores.sampled = torch.full_like(weight, sampled, dtype=torch.bool)
+        return flat_metrics(scores, torch.unique(sequence, return_inverse=True)[1], weight)

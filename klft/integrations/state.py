@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from klft.penalty import KLPenalty
+from klft.references.checkpoint import load_reference, save_reference
 from klft.writing import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,22 @@ class PenaltyState(TrainerCallback):
         """Continue from the checkpoint. ValueError where it contradicts the controller, see its load_state_dict."""
         if self.key in state.stateful_callbacks:
             self.penalty.load_state_dict(state.stateful_callbacks[self.key])
+            self._load_reference(args, state)
         elif state.global_step:
             text = "the checkpoint of step %d has no state of %s: its coefficient starts at %g"
             logger.warning(text, state.global_step, self.key, self.penalty.coef)
+
+    def _load_reference(self, args: Any, state: Any) -> None:
+        """A reference that follows the policy is too large for trainer_state.json."""
+        if not self.penalty.reference.state_dict():
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not folder.is_dir():
+            raise ValueError(
+                f"{self.penalty.reference.name} follows the policy, and its state is to be found beside the "
+                f"checkpoint's in {folder} alone, which is not there: move the checkpoint back to resume from it"
+            )
+        load_reference(folder, self.penalty.reference)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the Trainer saves."""
@@ -50,3 +64,4 @@ class PenaltyState(TrainerCallback):
             mine = {k: v for k, v in state.stateful_callbacks.items() if k.startswith("klft.")}
             with atomic_write(folder / "klft_penalty.json") as file:
                 file.write(json.dumps(mine, indent=1).encode())
+            save_reference(folder, self.penalty.reference)

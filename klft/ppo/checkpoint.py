@@ -22,7 +22,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from klft.ppo.guards import on_all_ranks
-from klft.references import Reference
 from klft.writing import KL_FILES, atomic_write, check_unused, remove_files, sync_file, sync_folder
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ logger = logging.get_logger(__name__)
 
 MARKER = "_COMPLETE"
 STATE_FILE = "klft_state.json"
-REFERENCE_FILE = "klft/reference.safetensors"  # not beside the model, where vLLM reads every *.safetensors
 RUN_FILES = ("checkpoint-[0-9]*", *KL_FILES, "completions/*.parquet")  # what two runs in one folder would mix
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -129,24 +127,6 @@ def read_rollout(folder: Path, rank: int) -> dict[str, Tensor]:
     """Read it back, from where it was until klft 0.2 too."""
     path, before = folder / f"klft/rollout_{rank}.safetensors", folder / f"klft_rollout_{rank}.safetensors"
     return load_file(before if before.exists() else path)
-
-
-def write_reference(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """The state of a reference that follows the policy."""
-    (folder / "klft").mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / REFERENCE_FILE)
-
-
-def load_reference(folder: Path, reference: Reference) -> None:
-    """Read it back. ValueError where the run had a reference that moved and this one does not, or the other way."""
-    moves, moved = bool(reference.state_dict()), (folder / REFERENCE_FILE).exists()
-    if moves != moved:
-        was, now = ("moves" if each else "does not move" for each in (moved, moves))
-        raise ValueError(
-            f"cannot resume from {folder}: its run's reference {was}, and {reference.name} {now}. Pass the same kind"
-        )
-    if moves:
-        reference.load_state_dict(load_file(folder / REFERENCE_FILE))
 
 
 def differences(saved: dict, current: dict) -> list[str]:

@@ -43,6 +43,7 @@ from klft.ppo.rewards import (
 from klft.ppo.rollout import Rollout, forward_with_values, reference_side
 from klft.ppo.state import Pending, PPOState
 from klft.references import Reference
+from klft.references.checkpoint import load_reference, save_reference
 from klft.scoring import Predictions, Scorer
 
 if TYPE_CHECKING:
@@ -437,8 +438,7 @@ class PPOTrainer(Trainer):
                 rank = self.args.process_index
                 ckpt.write_rollout(folder, rank, state.cycle.rollout.tensors())
             if self.args.should_save:
-                if tensors := self.penalty.reference.state_dict():
-                    ckpt.write_reference(folder, tensors)
+                save_reference(folder, self.penalty.reference)
                 saved = {
                     "run": self._run_settings(),
                     "step": self.state.global_step,
@@ -460,7 +460,7 @@ class PPOTrainer(Trainer):
                 f"{folder} was written by another run: {'; '.join(changed)}. Put these back to resume, or start anew "
                 "in another output_dir."
             )
-        ckpt.load_reference(folder, self.penalty.reference)
+        load_reference(folder, self.penalty.reference)
         self.penalty.load_state_dict(state["controller"])
         self.ppo.moments.load_state_dict(state["moments"])
         self.ppo.episodes = state["episodes"]

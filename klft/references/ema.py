@@ -49,9 +49,7 @@ class EMAReference(FrozenReference):
         inner: Any = unwrap(model)
         self.decay, self.every, self.steps = decay, every, 0
         self._swaps = hasattr(inner, "disable_adapter")
-        (ModelReference if self._swaps else FrozenReference).__init__(
-            self, inner if self._swaps else copy.deepcopy(inner)
-        )
+        (ModelReference if self._swaps else FrozenReference).__init__(self, inner if self._swaps else _copy_of(inner))
         self._kept = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self.model.named_parameters()
@@ -130,6 +128,15 @@ class EMAReference(FrozenReference):
     def _scoring(self) -> Iterator[None]:
         with evaluating(self.model), _in_place_of(self.model, self._kept) if self._swaps else nullcontext():
             yield
+
+
+def _copy_of(model: nn.Module) -> Any:
+    """A copy without what was put over its forward: TRL's trainers put there one that calls the model it was made for,
+    which a deep copy does not change.
+    """
+    copied = copy.deepcopy(model)
+    vars(copied).pop("forward", None)
+    return copied
 
 
 def _check_match(averages: dict[str, Tensor], others: dict[str, Any], where: str) -> None:
