@@ -28,8 +28,8 @@ from klft.writing import atomic_write
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA_VERSION = 2
-ADDED = {1: ("sampled",)}  # to a file of an older version: what it lacks, null
+SCHEMA_VERSION = 3
+ADDED = {1: ("sampled", "weight"), 2: ("weight",)}  # to a file of an older version: what it lacks, null
 
 Int32 = Annotated[int, pa.int32()]
 Int64 = Annotated[int, pa.int64()]
@@ -42,6 +42,7 @@ Float32s = Annotated[list[float], pa.list_(pa.float32())]
 @dataclass
 class TokenRecord:
     """One row of the table. In nats; None (null) where a run has no such number: no reference, no reward, no top lists.
+    The KLs are the token's own, whatever its weight.
 
     (step, rank, sample_id) names a sequence, position orders its tokens.
     """
@@ -62,6 +63,7 @@ class TokenRecord:
     ref_entropy: Float32 | None  # of q
     reward: Float32 | None  # the token's, or its sequence's on every token
     advantage: Float32 | None  # the token's, or its sequence's on every token
+    weight: Float32 | None  # of its KL in the penalty, as a token rule gave it; null without a rule, where all weigh 1
     top_ids: Int32s | None  # what p would rather have said, likeliest first; never an empty list
     top_p: Float32s | None  # with these probabilities
     ref_top_ids: Int32s | None  # what q would rather have said, likeliest first
@@ -240,14 +242,14 @@ def records_table(
     scored: Tensor | None = None,
     rewards: Tensor | None = None,
     advantages: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> pa.Table:
     """One row per True in `mask` [B, T], sequence after sequence, with SCHEMA's columns.
 
     `scored` [B, T]: False where a token, as a text's first, is only shown: null scores, in no statistic. Default: mask.
     `scores` is klft's TokenScores or anything with its attributes, [B, T] each and [B, T, k] for top_*; what is missing
-    or None becomes null, but for `sampled`, which is then true of all but the prompt. `position` is the column index t.
-    `sample_ids` [B] names the sequences (default 0 ... B-1).
-    `rewards` and `advantages` are [B, T], or [B]: then repeated on every token of the sequence.
+    becomes null, but for `sampled`, then true of all but the prompt. `position` is the column index t. `sample_ids` [B]
+    are 0 ... B-1 by default. `rewards`, `advantages`: [B, T], or [B] for a whole sequence; `weights` [B, T]: a rule's.
     Raises ValueError naming the tensor whose shape does not fit.
     """
     mask = mask.detach().bool().cpu()
@@ -266,7 +268,7 @@ def records_table(
         if not by_sequence and (given.shape[:2] != mask.shape or given.ndim != 2 + (name in LISTS)):
             raise ValueError(f"{name} is {list(given.shape)}, which does not fit the mask, {list(mask.shape)}")
         kept = given[row] if by_sequence else given[mask]
-        return _array(kept, unscored.numpy() if name in (*SCORES, *LISTS) else None).cast(kind)
+        return _array(kept, unscored.numpy() if name in (*SCORES, *LISTS, "weights") else None).cast(kind)
 
     prompt = torch.zeros_like(mask) if is_prompt is None else is_prompt.bool().cpu()
     columns = {name: pick(name, getattr(scores, name, None)) for name in (*SCORES, *LISTS)}
@@ -283,6 +285,7 @@ def records_table(
         "token": texts.take(distinct.indices),
         "reward": pick("rewards", rewards, "reward"),
         "advantage": pick("advantages", advantages, "advantage"),
+        "weight": pick("weights", weights, "weight"),
     }
     return _conform(pa.table(columns), "the table")
 
@@ -337,6 +340,7 @@ class TokenKLLog:
         scored: Tensor | None = None,
         rewards: Tensor | None = None,
         advantages: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """Take the whole sequences of a batch; shapes as in `records_table`.
 
@@ -355,7 +359,7 @@ class TokenKLLog:
         self._samples += len(mask)
         table = records_table(
             scores, token_ids, mask, self._tokenizer, step=step, rank=self._rank, sample_ids=sample_ids,
-            is_prompt=is_prompt, scored=scored, rewards=rewards, advantages=advantages,
+            is_prompt=is_prompt, scored=scored, rewards=rewards, advantages=advantages, weights=weights,
         )  # fmt: skip
         self._tables.append(table)
         self._recent = self._recent.merge(Statistics.of(table, self._metadata.naming(table, self._tokenizer)))

@@ -31,7 +31,7 @@ NONE = "\N{EN DASH}"
 LONGEST = 200  # characters of one token that are shown
 CARRIERS = 25  # rows of the table by token
 LEAST, PER_DECADE = 1e-6, 5  # where the histogram begins, and its bars for each factor of ten
-NUMBERS = ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "advantage")
+NUMBERS = ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "advantage", "weight")
 LISTS = ("top_ids", "top_p", "ref_top_ids", "ref_top_p")
 
 

@@ -42,6 +42,7 @@ class TokenTables:
             is_prompt=torch.cat([prompts, torch.zeros_like(completions.mask)], 1),
             scored=torch.cat([torch.zeros_like(prompts), completions.mask], 1),
             rewards=widened(rewards), advantages=widened(advantages),
+            weights=None if kl.weight is None else widened(kl.weight),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -77,6 +77,7 @@ def test_the_columns_are_those_of_token_record_in_order():
         "ref_entropy",
         "reward",
         "advantage",
+        "weight",
         "top_ids",
         "top_p",
         "ref_top_ids",
@@ -91,11 +92,11 @@ def test_the_columns_are_those_of_token_record_in_order():
 
 def test_rows_are_what_a_float64_loop_finds():
     scores, token_ids, mask, is_prompt, logits, ref_logits = scored()
-    rewards, advantages = torch.rand(3), torch.rand(3, 7)
+    rewards, advantages, weights = torch.rand(3), torch.rand(3, 7), torch.rand(3, 7)
     tokenizer = tiny.tokenizer()
     table = records_table(
         scores, token_ids, mask, tokenizer, step=4, rank=2, sample_ids=[70, 71, 99], is_prompt=is_prompt,
-        rewards=rewards, advantages=advantages,
+        rewards=rewards, advantages=advantages, weights=weights,
     )  # fmt: skip
     assert table.schema == SCHEMA
     rows = table.to_pylist()
@@ -118,6 +119,7 @@ def test_rows_are_what_a_float64_loop_finds():
                 "ref_entropy": oracles.entropy(ref_logits[b, t]).item(),
                 "reward": rewards[b].item(),
                 "advantage": advantages[b, t].item(),
+                "weight": weights[b, t].item(),
             }
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=1e-6)
             for ids, probabilities, x in (("top_ids", "top_p", p), ("ref_top_ids", "ref_top_p", q)):
@@ -141,6 +143,7 @@ def test_what_is_missing_is_null():
         "ref_entropy",
         "reward",
         "advantage",
+        "weight",
         "top_ids",
         "top_p",
         "ref_top_ids",
@@ -189,6 +192,7 @@ def test_any_precision_and_gradients_are_taken():
         ({"is_prompt": torch.zeros(3, dtype=torch.bool)}, r"is_prompt is \[3\]"),
         ({"rewards": torch.zeros(7)}, r"rewards is \[7\]"),
         ({"advantages": torch.zeros(3, 7, 1)}, r"advantages is \[3, 7, 1\]"),
+        ({"weights": torch.zeros(3)}, r"weights is \[3\]"),
         ({"mask": torch.ones(7)}, r"mask is \[7\]"),
     ],
 )
@@ -285,23 +289,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         pq.write_table(other, bad)
         with pytest.raises(ValueError, match=rf"bad\.parquet is not a token table.*{name}.*it needs step"):
             read_records(bad)
-    newer = replace(metadata_of(table), schema_version=3, klft_version="9.0")
+    newer = replace(metadata_of(table), schema_version=4, klft_version="9.0")
     write_records(table, bad, newer)
-    with pytest.raises(ValueError, match=r"bad\.parquet has schema version 3.*klft that wrote it, 9\.0"):
+    with pytest.raises(ValueError, match=r"bad\.parquet has schema version 4.*klft that wrote it, 9\.0"):
         read_records(bad)
+
+
+def older(path, table, version, *lacks):
+    """A file as an earlier schema version had it."""
+    metadata = replace(metadata_of(table), schema_version=version)
+    first = table.drop_columns(list(lacks))
+    pq.write_table(first.replace_schema_metadata({b"klft": metadata.to_json().encode()}), path)
 
 
 def test_a_file_of_the_first_version_is_read_without_saying_that_its_tokens_were_sampled(tmp_path):
     table = table_of()
-    first = table.drop_columns(["sampled"])
-    metadata = replace(metadata_of(table), schema_version=1)
-    pq.write_table(first.replace_schema_metadata({b"klft": metadata.to_json().encode()}), tmp_path / "a.parquet")
+    older(tmp_path / "a.parquet", table, 1, "sampled", "weight")
     write_records(table, tmp_path / "b.parquet", metadata_of(table))
     found, again = read_records(tmp_path / "a.parquet")
     assert found["sampled"].null_count == len(table)
     assert again.schema_version == SCHEMA_VERSION
     assert "kl/k1/mean" not in scalars(Statistics.of(found))
     assert "kl/k1/mean" in scalars(Statistics.of(read_records(tmp_path)[0]))
+
+
+def test_a_file_of_the_second_version_is_read_without_weights(tmp_path):
+    table = table_of()
+    older(tmp_path / "a.parquet", table, 2, "weight")
+    found, again = read_records(tmp_path / "a.parquet")
+    assert again.schema_version == SCHEMA_VERSION
+    assert found["weight"].null_count == len(table)
+    assert found.drop_columns(["weight"]).equals(table.drop_columns(["weight"]))
 
 
 def test_a_column_in_another_order_or_width_is_put_right(tmp_path):

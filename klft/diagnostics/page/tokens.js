@@ -119,6 +119,7 @@ function readTokens() {
       quadrant: data.quadrants.names[s.quadrant[i]],
       logp: number("logp"), refLogp: number("ref_logp"), reverse: number("reverse_kl"), forward: number("forward_kl"),
       entropy: number("entropy"), refEntropy: number("ref_entropy"), advantage: number("advantage"),
+      weight: number("weight"),
       top: s.top_ids && s.top_ids[i] ? [s.top_ids[i], s.top_p[i]] : null,
       refTop: s.ref_top_ids && s.ref_top_ids[i] ? [s.ref_top_ids[i], s.ref_top_p[i]] : null,
     });
@@ -139,7 +140,7 @@ function drawTokens() {
     const list = make("div", { class: "tokens", role: "listbox", "aria-label": `Tokens of ${nameOf(s)}` });
     for (; next < tokens.length && tokens[next].order === order; next++) {
       const token = tokens[next], text = data.vocabulary[token.index];
-      const kind = `t${token.prompt ? " prompt" : token.logp === null ? " unscored" : ""}${/^\s+$/.test(text) ? " blank" : ""}`;
+      const kind = `t${token.prompt ? " prompt" : token.logp === null ? " unscored" : token.weight === 0 ? " weightless" : ""}${/^\s+$/.test(text) ? " blank" : ""}`;
       const role = { role: "option", "aria-selected": "false", tabindex: next ? -1 : 0 };
       token.element = make("span", { class: kind, ...role, "data-at": next }, shown(token.index));
       if (/^\s/.test(text)) list.append(make("wbr"));
@@ -262,7 +263,8 @@ function fillCard(t) {
     ["reverse KL", "reverse_kl", nats(t.reverse)], ["forward KL", "forward_kl", nats(t.forward)],
     ["entropy", "entropy", nats(t.entropy)], ["ref. entropy", "ref_entropy", nats(t.refEntropy)],
     ["log-ratio", "log_ratio", nats(METRICS.ratio.of(t))], ["advantage", "advantage", nats(t.advantage)],
-  ].filter(([, name]) => name !== "advantage" || t.advantage !== null);
+    ["weight of its KL", "weight", nats(t.weight)],
+  ].filter(([, name]) => !["advantage", "weight"].includes(name) || t[name] !== null);
   const kind = classOf(t.index), id = data.ids[t.index];
   const where = [`id ${id}`, kind, `position ${t.position}`, t.prompt ? "prompt" : "", t.logp === null ? "not scored" : "", nameOf(t.sequence)];
   const lines = facts.flatMap(([label, name, text]) => [make("dt", {}, label), make("dd", { "data-field": name }, text)]);
