@@ -55,7 +55,7 @@ class KLPenalty:
         controller: of the coefficient; it sees nats per sequence.
         clip: the largest log-ratio, either sign (sampled), or KL (exact) of one token, in nats; what lies beyond
             counts as that much, without a gradient, see `clipped`. Without it an infinite KL is an error.
-        token_rule: how much each token's KL counts, see TokenRule.
+        token_rule: how much each token's KL counts, see TokenRule; ready ones are in klft.token_rules.
 
     Raises ValueError for unknown names and for k1 in the loss.
     """
@@ -83,6 +83,10 @@ class KLPenalty:
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
         warn_of(direction, estimator, placement)
         check_controller(controller, "KLPenalty")
+        if token_rule is not None and not callable(token_rule):
+            raise TypeError(
+                f"KLPenalty: token_rule must be a function (token_ids, mask, scores) -> weight, got {token_rule!r:.80}"
+            )
         self.reference = resolve_reference(reference)
         self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule

@@ -171,5 +171,5 @@ class RolloutCollector:
         """The table of completions of all processes, on the main one."""
         exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
         assert exact is not None
-        sequence_kl = torch.where(kl.mask, exact, 0.0).sum(-1)
+        sequence_kl = torch.where(kl.counted, exact * kl.weights, 0.0).sum(-1)
         return gather_object(completion_rows(rows, texts, scores, sequence_kl, columns))

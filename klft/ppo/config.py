@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TrainingArguments
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, TargetKL
 from klft.estimators import DIRECTIONS
-from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, check_combination, effective_placement
+from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
 from klft.prompts import why_no_template_kwargs
 from klft.references import Reference
 from klft.scoring import SHARDINGS
@@ -395,7 +395,7 @@ class PPOConfig(TrainingArguments):
         }
         return GenerationConfig(**(own | extra))
 
-    def penalty(self, reference: Reference) -> KLPenalty:
+    def penalty(self, reference: Reference, token_rule: TokenRule | None = None) -> KLPenalty:
         """The penalty against `reference` that the kl_* fields describe."""
         return KLPenalty(
             reference,
@@ -403,6 +403,7 @@ class PPOConfig(TrainingArguments):
             estimator=self.kl_estimator,
             placement=effective_placement(self.kl_estimator, self.kl_placement),
             controller=self.controller(),
+            token_rule=token_rule,
         )
 
     def controller(self) -> Controller:

@@ -21,6 +21,7 @@ from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
 from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
 from klft.models import disable_dropout, quiet
+from klft.penalty import TokenRule
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
 from klft.ppo import value as value_function
@@ -37,6 +38,7 @@ from klft.ppo.rewards import (
     as_reward_functions,
     move_reward_models,
     reward_models,
+    reward_name,
     reward_names,
     reward_weights,
 )  # fmt: skip
@@ -64,6 +66,7 @@ class PPOTrainer(Trainer):
             reward functions.
         reference: a model or a klft reference. Default: the adapter switched off (PEFT), else a frozen copy.
         value_model: a causal sequence-classification model with one output. Default: a linear head on the policy.
+        token_rule: how much the KL of each token of a completion counts, see klft.token_rules. Default: all alike.
 
     Raises ValueError / TypeError for inputs that cannot work, before anything is trained.
     """
@@ -86,6 +89,7 @@ class PPOTrainer(Trainer):
         peft_config: "PeftConfig | None" = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        token_rule: TokenRule | None = None,
     ):
         args = args or PPOConfig(output_dir="ppo_output")
         if not isinstance(args, PPOConfig):
@@ -103,10 +107,9 @@ class PPOTrainer(Trainer):
         given.check_lengths(given.listed(train_dataset, eval_dataset), tokenizer, args, model, reference)
         if args.disable_dropout:
             disable_dropout(model)
-        self.penalty = args.penalty(reference)
+        self.penalty = args.penalty(reference, token_rule)
         self.scorer = Scorer(reference, temperature=args.temperature, shard_vocab=args.kl_shard_vocab)
-        # A head that cannot be read is refused before anything is trained: the policy's, and for an exact loss both.
-        require_readable_policy_head(self.scorer, model)
+        require_readable_policy_head(self.scorer, model)  # and for an exact loss the reference's, before training
         self._exact_loss = args.kl_estimator == "exact" and self.penalty.placement != "reward"
         if self._exact_loss:
             given.require_readable_head(reference)
@@ -409,6 +412,7 @@ class PPOTrainer(Trainer):
         structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
         settings = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
         settings["reward_funcs"] = reward_names(self.reward_funcs)
+        settings["token_rule"] = self.penalty.token_rule and reward_name(self.penalty.token_rule)
         return settings | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
