@@ -134,10 +134,12 @@ class RolloutCollector:
         policy, size = self.accelerator.unwrap_model(model), self.args.per_device_train_batch_size
         with self.accelerator.autocast():  # as the loss will score them again
             scores, values, last_values = score_completions(self.scorer, model, policy, completions, size)
-        rank = self.accelerator.process_index
-        on_all_ranks(self.accelerator, lambda: check_finite(scores.logp, completions.mask, rank))
-        kl = self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids)
-        return kl, values, last_values
+
+        def compare() -> TokenKL:
+            check_finite(scores.logp, completions.mask, self.accelerator.process_index)
+            return self.penalty.measure_scores(scores, completions.mask, token_ids=completions.completion_ids)
+
+        return on_all_ranks(self.accelerator, compare), values, last_values
 
     def _judge(
         self, rows: list[dict], completions: Completions, texts: list, trainer_state: TrainerState, cut: dict

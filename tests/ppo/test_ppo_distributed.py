@@ -14,6 +14,8 @@ import torch
 from support import tiny
 from support.processes import launch, leave
 
+from klft.token_rules import along_ref_entropy, combine, decay
+
 WORLD = 2
 
 
@@ -47,6 +49,7 @@ AGREE = {
     "adaptive": (4, {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 40, "num_ppo_epochs": 2}),
     "vocabulary": (4, {"kl_estimator": "exact", "kl_placement": "both", "kl_shard_vocab": "dp"}),
     "lengths": (4, {"train_sampling_strategy": "sequential"}),
+    "weighed": (4, {"kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pi", "kl_target": 0.5}),
     "adapter": (4, {}),
     "value model": (4, {"bootstrap_truncated": True}),
 }
@@ -55,7 +58,10 @@ AGREE = {
 def agreeing(name, folder, processes):
     """Three steps on 8 prompts each, greedy, so that sampling does not depend on the number of processes."""
     size, changed = AGREE[name]
-    given = {"adapter": {"peft_config": tiny.lora()}, "value model": {"value_model": tiny.critic()}}.get(name, {})
+    given = {
+        "adapter": {"peft_config": tiny.lora()}, "value model": {"value_model": tiny.critic()},
+        "weighed": {"token_rule": combine(decay(0.6), along_ref_entropy(1.0, 5.0))},
+    }.get(name, {})  # fmt: skip
     if name != "adapter":
         given = {**given, "reference": tiny.llama(5)}
     return tiny.trainer(
@@ -122,6 +128,18 @@ def broken_loss(folder, rank):
     return {"error": "", "steps": len(recorder.parameters)}
 
 
+def broken_rule(folder, rank):
+    """Each rank's own error: the rule fails on the second alone, and the first must not wait for it."""
+
+    def rule(token_ids, mask, scores):
+        return torch.full_like(scores.logp, -1.0 if rank else 1.0)
+
+    try:
+        tiny.trainer(folder, max_steps=1, given={"token_rule": rule}).train()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
 def sampled(folder, rank):
     """The same prompt for everyone: processes draw differently. Rows are shuffled per process, so in a fixed order."""
     data = tiny.prompts(16).map(lambda _: {"prompt": "w1 w2"})
@@ -169,7 +187,7 @@ def worker(what, folder):
         run = agreeing(name, folder, WORLD)
         run.train()
         torch.save(outcome(run), folder / f"{name}.{rank}.pt")
-    for check in (resumed, evaluated, broken_loss, sampled, stopped, refused):
+    for check in (resumed, evaluated, broken_loss, broken_rule, sampled, stopped, refused):
         (folder / check.__name__).mkdir(exist_ok=True)
         torch.save(check(folder / check.__name__, rank), folder / f"{check.__name__}.{rank}.pt")
 
@@ -235,6 +253,13 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(both):
         assert "the loss is not finite on rank(s) [1] at step 1" in result["error"]
         assert "checkpoint-1" in result["error"]
         assert result["steps"] == 1
+
+
+def test_a_token_rule_that_fails_on_one_process_stops_both(both):
+    first, second = both("broken_rule")
+    assert second.startswith("token_rule must give one finite weight >= 0 per token")
+    assert first.startswith("rank 1 failed")
+    assert second in first
 
 
 def test_processes_sample_differently(both):
