@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TrainingArguments
 
-from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, TargetKL
+from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.estimators import DIRECTIONS
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
 from klft.prompts import why_no_template_kwargs
 from klft.references import Reference
 from klft.scoring import SHARDINGS
 
-CONTROLLERS = ("fixed", "adaptive", "pi", "target")
+SCHEDULES = {"scheduled": "linear", "scheduled_cosine": "cosine"}
+CONTROLLERS = ("fixed", "adaptive", "pi", "target", *SCHEDULES)
 
 Validator = Callable[[Any], str | None]
 """What is wrong with a value, to follow the field's name ("must be ..., got ..."), or None."""
@@ -114,6 +115,7 @@ VALIDATORS: dict[str, Validator] = {
     "generation_kwargs": generation_settings,
     "chat_template_kwargs": why_no_template_kwargs,
     "kl_coef": number(),
+    "kl_coef_end": number(optional=True),
     "kl_estimator": choice(*ESTIMATES),
     "kl_direction": choice(*DIRECTIONS),
     "kl_placement": choice(*PLACEMENTS),
@@ -211,17 +213,25 @@ class PPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Arguments of the chat template, as a dict or JSON; a column of that name goes over them."},
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty (its start if adaptive)."})
+    kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty; its start if it changes."})
+    kl_coef_end: float | None = field(
+        default=None, metadata={"help": "Coefficient after kl_horizon episodes, for kl_controller=scheduled."}
+    )
     kl_estimator: str = field(
         default="k1", metadata={"help": f"One of {', '.join(ESTIMATES)}; exact: loss and reward."}
     )
     kl_direction: str = field(default="reverse", metadata={"help": "reverse = KL(policy||reference), or forward."})
     kl_placement: str = field(default="reward", metadata={"help": f"One of {', '.join(PLACEMENTS)}."})
-    kl_controller: str = field(default="fixed", metadata={"help": f"One of {', '.join(CONTROLLERS)}."})
+    kl_controller: str = field(
+        default="fixed",
+        metadata={"help": "fixed; adaptive, pi, target: to kl_target; scheduled, scheduled_cosine: to kl_coef_end."},
+    )
     kl_target: float | None = field(
         default=None, metadata={"help": "KL per sequence, in nats, that a controller aims at."}
     )
-    kl_horizon: int = field(default=10000, metadata={"help": "Episodes over which kl_controller=adaptive reacts."})
+    kl_horizon: int = field(
+        default=10000, metadata={"help": "Episodes that adaptive needs to react, a schedule to end."}
+    )
     kl_shard_vocab: str = field(
         default="auto",
         metadata={
@@ -300,17 +310,24 @@ class PPOConfig(TrainingArguments):
         if self.total_episodes is not None:
             self.max_steps = math.ceil(self.total_episodes / self.episodes_per_rollout) * self.steps_per_rollout
 
+    def _controller_contradictions(self) -> list[str]:
+        """Fields that the controller needs, and those it would ignore."""
+        name, end, target = f"kl_controller={self.kl_controller!r}", self.kl_coef_end, self.kl_target
+        scheduled = self.kl_controller in SCHEDULES
+        aims, paced = not scheduled and self.kl_controller != "fixed", ("adaptive", *SCHEDULES)
+        lost = not (self.kl_controller in paced or self.kl_horizon == 10000)
+        found = [
+            (aims and target is None, f"{name} needs kl_target, in nats per sequence"),
+            (aims and self.kl_coef == 0, f"{name} multiplies kl_coef, so kl_coef=0 would stay 0"),
+            (not aims and target is not None, f"kl_target would be ignored with {name}; say 'adaptive'"),
+            (scheduled and end is None, f"{name} needs kl_coef_end, the coefficient it ends at"),
+            (not scheduled and end is not None, f"kl_coef_end would be ignored with {name}; say 'scheduled'"),
+            (lost, f"kl_horizon would be ignored with {name}: only {', '.join(paced)} have one"),
+        ]
+        return [problem for holds, problem in found if holds]
+
     def _contradictions(self) -> list[str]:
-        problems = []
-        steers = self.kl_controller != "fixed"
-        if steers and self.kl_target is None:
-            problems.append(f"kl_controller={self.kl_controller!r} needs kl_target, in nats per sequence")
-        if steers and self.kl_coef == 0:
-            problems.append(f"kl_controller={self.kl_controller!r} multiplies kl_coef, so kl_coef=0 would stay 0")
-        if not steers and self.kl_target is not None:
-            problems.append("kl_target would be ignored with kl_controller='fixed'; say kl_controller='adaptive'")
-        if self.kl_controller != "adaptive" and self.kl_horizon != 10000:
-            problems.append("kl_horizon would be ignored: only kl_controller='adaptive' has one")
+        problems = self._controller_contradictions()
         try:
             check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
         except ValueError as error:
@@ -410,6 +427,9 @@ class PPOConfig(TrainingArguments):
         """The controller that the kl_* fields describe."""
         if self.kl_controller == "fixed":
             return FixedKL(self.kl_coef)
+        if self.kl_controller in SCHEDULES:
+            assert self.kl_coef_end is not None
+            return ScheduledKL(self.kl_coef, self.kl_coef_end, self.kl_horizon, SCHEDULES[self.kl_controller])
         assert self.kl_target is not None
         if self.kl_controller == "adaptive":
             return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_horizon)

@@ -10,7 +10,7 @@ from support import tiny
 from transformers import TrainingArguments
 from trl import ScriptArguments, TrlParser
 
-from klft import AdaptiveKL, FixedKL, PIController, PPOConfig, TargetKL
+from klft import AdaptiveKL, FixedKL, PIController, PPOConfig, ScheduledKL, TargetKL
 
 NAN, INF = math.nan, math.inf
 
@@ -52,6 +52,7 @@ MORE = {
     "normalize_scores": False, "bootstrap_truncated": False, "kl_shard_vocab": "auto", "kl_log_tokens": 0,
     "model_init_kwargs": None, "self_test": True, "overwrite_output_dir": False, "chat_template_kwargs": None,
     "cliprange_low": None, "cliprange_high": None,
+    "kl_coef_end": None,  # the one number of a schedule that no other field names
 }  # fmt: skip
 CHANGED = {
     "learning_rate": 3e-6,
@@ -89,8 +90,8 @@ def test_the_option_names_are_frozen():
     assert set(OWN) == set(DEFAULTS) | set(MORE)
 
 
-def test_no_more_than_forty_fields():
-    assert len(OWN) <= 40
+def test_no_more_than_forty_fields_and_the_end_of_a_schedule():
+    assert len(OWN) <= 41
 
 
 @pytest.mark.parametrize("name", [*DEFAULTS, *MORE, *CHANGED])
@@ -185,7 +186,7 @@ def test_an_unknown_choice_lists_the_known_ones(config, name):
         "kl_estimator": "k1, k2, k3, exact",
         "kl_direction": "reverse, forward",
         "kl_placement": "reward, loss, both",
-        "kl_controller": "fixed, adaptive, pi, target",
+        "kl_controller": "fixed, adaptive, pi, target, scheduled, scheduled_cosine",
         "kl_shard_vocab": "auto, tp, dp, none",
     }[name]
     with pytest.raises(ValueError, match=f"{name} must be one of {known}, got 'backward'"):
@@ -241,6 +242,11 @@ def test_reward_weights_are_taken(config, weights):
         ({"kl_controller": "adaptive", "kl_target": 6.0, "kl_coef": 0.0}, "kl_coef=0 would stay 0"),
         ({"kl_target": 6.0}, "kl_target would be ignored"),
         ({"kl_horizon": 500}, "kl_horizon would be ignored"),
+        ({"kl_controller": "scheduled"}, "'scheduled' needs kl_coef_end"),
+        ({"kl_controller": "scheduled_cosine"}, "'scheduled_cosine' needs kl_coef_end"),
+        ({"kl_controller": "scheduled", "kl_coef_end": 0.0, "kl_target": 6.0}, "kl_target would be ignored"),
+        ({"kl_coef_end": 0.0}, "kl_coef_end would be ignored with kl_controller='fixed'; say 'scheduled'"),
+        ({"kl_controller": "pi", "kl_target": 6.0, "kl_coef_end": 0.1}, "kl_coef_end would be ignored"),
         ({"kl_controller": "pi", "kl_target": 6.0, "kl_horizon": 500}, "kl_horizon would be ignored"),
         ({"total_episodes": 8, "max_steps": 3}, "total_episodes and max_steps"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
@@ -294,6 +300,11 @@ def test_controllers(config):
     adaptive = config(kl_controller="adaptive", kl_coef=0.3, kl_target=5.0, kl_horizon=700).controller()
     assert isinstance(adaptive, AdaptiveKL)
     assert (adaptive.coef, adaptive.target, adaptive.horizon) == (0.3, 5.0, 700)
+    for name, shape in (("scheduled", "linear"), ("scheduled_cosine", "cosine")):
+        made = config(kl_controller=name, kl_coef=0.0, kl_coef_end=0.2, kl_horizon=70).controller()
+        assert isinstance(made, ScheduledKL)
+        assert (made.coef, made.start, made.end, made.episodes, made.shape) == (0.0, 0.0, 0.2, 70, shape)
+    assert config(kl_controller="scheduled", kl_coef_end=0).controller().episodes == 10000
     for name, kind_ in (("pi", PIController), ("target", TargetKL)):
         made = config(kl_controller=name, kl_coef=0.3, kl_target=5.0).controller()
         assert isinstance(made, kind_)
