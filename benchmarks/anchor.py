@@ -140,9 +140,8 @@ def main() -> None:
     if args.peak:
         print(peak(args.peak, args))
         return
-    print(
-        f"hidden {args.hidden}, {args.batch} texts of {args.length} tokens, V {VOCAB_SIZE:,}, {'GPU' if CUDA else 'CPU'}"
-    )
+    where = "a GPU" if CUDA else "a CPU"
+    print(f"hidden {args.hidden}, {args.batch} texts of {args.length} tokens, V {VOCAB_SIZE:,}, on {where}")
     memory(args)
     race(args)
 
