@@ -150,7 +150,8 @@ class _Anchor:
             top_k = 0 if tables is None else tables.top_k
             measured = measure(self.penalty, self.sides, model, calls.only(), batch, top_k=top_k)
         if tables is not None:
-            tables.add(self.trainer.state.global_step, batch, measured.scores)
+            weight = None if measured.kl.weight is None else measured.kl.weight[measured.kl.mask]
+            tables.add(self.trainer.state.global_step, batch, measured.scores, weight)
         (self.train if training else self.evaluation).add(measured)
         if training:
             self._close_window(measured, num_items)

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from klft.diagnostics import TokenKLLog, write_report
 from klft.integrations.batch import Batch
@@ -26,14 +28,14 @@ class TokenTables:
             temperature=getattr(trainer.args, "temperature", 1.0),
         )  # fmt: skip
 
-    def add(self, step: int, batch: Batch, scores: TokenScores) -> None:
-        """A micro-batch: scores [N], or [N, k], of the tokens that count; the others are there to be read."""
+    def add(self, step: int, batch: Batch, scores: TokenScores, weight: Float[Tensor, "N"] | None) -> None:
+        """A micro-batch: scores [N], or [N, k], of the tokens that count, and how much; the others are to be read."""
         real = batch.real
         numbers = torch.unique_consecutive(batch.sequence[real], return_inverse=True)[1]
         lengths = torch.bincount(numbers)
         rows = torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]
 
-        def in_rows(t: torch.Tensor) -> torch.Tensor:
+        def in_rows(t: Tensor) -> Tensor:
             return scatter_masked(t[real], rows)
 
         counted = in_rows(batch.counted)
@@ -43,7 +45,7 @@ class TokenTables:
         sampled = counted if batch.sampled else torch.zeros_like(counted)
         self.log.add(
             TokenScores(**values | {"sampled": sampled}), in_rows(batch.token_ids), rows, step=step, is_prompt=prompt,
-            scored=counted,
+            scored=counted, weights=None if weight is None else in_rows(scatter_masked(weight, batch.counted)),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from klft import AdapterReference, AdaptiveKL, FixedKL, FrozenReference, KLPenalty, reverse_kl
 from klft.diagnostics import read_records
 from klft.integrations import KLAnchorMixin
+from klft.token_rules import burn_in
 
 # ---- an upstream contract that is broken -----------------------------------------------------------------------------
 
@@ -265,6 +266,19 @@ def test_a_token_rule_leaves_tokens_out(tmp_path):
     assert torch.equal(parameters(ones.model), parameters(plain.model))
     assert (parameters(none.model) - parameters(bare.model)).abs().max() < 1e-7
     assert (parameters(plain.model) - parameters(bare.model)).abs().max() > 1e-3
+
+
+def test_a_rule_of_positions_counts_along_sequences_of_packed_rows(tmp_path):
+    """Weights in the tables: the first two counted tokens of every text, packed or not."""
+    for name, more in {"rows": {}, "packed": {"packing": True, "max_length": 24}}.items():
+        penalty = penalty_with(token_rule=burn_in(2))
+        sft(AnchoredSFT, sft_config(tmp_path / name, **more), penalty=penalty, measure_every=1)
+        by_text = {}
+        for row in read_records(tmp_path / name)[0].to_pylist():
+            if row["logp"] is not None:
+                by_text.setdefault((row["step"], row["sample_id"]), []).append(row["weight"])
+        assert len(by_text) >= 16
+        assert all(weights == [0.0, 0.0, *[1.0] * (len(weights) - 2)][: len(weights)] for weights in by_text.values())
 
 
 def test_an_adapter_that_a_trainer_makes_has_its_base_as_the_reference(tmp_path):
