@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
+from support import tiny, trainers
 
 import klft
 
@@ -27,7 +27,7 @@ def batch(rows=4, length=10, prompt=3):
 
 
 def test_there_is_a_listing_for_each_door():
-    assert len(LISTINGS) == 2
+    assert len(LISTINGS) == 4
 
 
 def test_the_listing_shown_as_a_diff():
@@ -74,6 +74,22 @@ def test_the_listing_of_a_trainer_of_ones_own():
         torch.testing.assert_close(
             gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("trainer", ["SFTTrainer", "GRPOTrainer"])
+def test_the_listings_of_the_anchor(trainer, tmp_path, monkeypatch):
+    (code,) = [code for code in LISTINGS if f"(KLAnchorMixin, {trainer})" in code]
+    config, dataset = {
+        "SFTTrainer": (trainers.sft_config, trainers.texts()),
+        "GRPOTrainer": (trainers.grpo_config, tiny.prompts(16)),
+    }[trainer]
+    given = {
+        "model": trainers.policy(), "ref_model": trainers.policy(5), "args": config(tmp_path, max_steps=2),
+        "dataset": dataset, "tokenizer": tiny.tokenizer(), "reward_funcs": [trainers.reward_w5],
+    }  # fmt: skip
+    before = trainers.parameters(given["model"])
+    exec(compile(code, "README.md", "exec"), given)
+    assert not torch.equal(trainers.parameters(given["model"]), before)
 
 
 @pytest.mark.timeout(300)
