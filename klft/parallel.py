@@ -7,6 +7,15 @@ from torch.distributed.tensor import DTensor, Partial
 from klft.sharding import VocabShard
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered and keeps: `named_parameters` are then what the optimizer holds, and the next
+    forward reads them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def placed(
     model: nn.Module, weight: Tensor, bias: Tensor | None, shard_rows: bool
 ) -> tuple[Tensor, Tensor | None, VocabShard | None]:

@@ -152,6 +152,7 @@ def _changed(weights: list[nn.Parameter]) -> Iterator[None]:
     def turn(by: int) -> None:
         for t, zero in zip(local, zeros, strict=True):
             t.fill_(0.01 if by == 1 else 0.0) if zero else t.copy_(-t.flatten().roll(by).view(t.shape))
+        torch.clear_autocast_cache()  # it would go on with 16-bit copies of the weights as they were
 
     turn(1)
     try:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from klft.checks import models, training
 from klft.checks.setup import Check, Rollout, Setup, problem
+from klft.parallel import reshard
 from klft.references import Reference
 
 if TYPE_CHECKING:
@@ -35,14 +36,16 @@ def run_checks(setup: Setup, rollout: Rollout | None = None) -> list[Check]:
         todo.append(("mask", lambda: training.check_mask(rollout, setup.tokenizer)))
         if rollout.logp is not None:
             todo.append(("sampling", lambda: training.check_sampling(setup, rollout)))
-    return [_run(name, check) for name, check in todo]
+    return [_run(name, check, setup) for name, check in todo]
 
 
-def _run(name: str, check: Callable[[], Check]) -> Check:
+def _run(name: str, check: Callable[[], Check], setup: Setup) -> Check:
     try:
         return check()
     except Exception as error:
         return problem(name, " ".join(f"{type(error).__name__}: {error}".split()))
+    finally:
+        reshard(setup.policy)  # a check's own forward may have gathered weights
 
 
 def check_setup(

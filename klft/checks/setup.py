@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from klft.divergences import reverse_kl
 from klft.models import base_of, causal_inputs, evaluating, max_positions, vocab_size
+from klft.parallel import reshard
 from klft.references import Reference
 from klft.scoring import Scorer
 
@@ -68,6 +69,7 @@ class Setup:
             self.low_precision = any(p.dtype not in (torch.float32, torch.float64) for p in parameters) or (
                 self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
             )
+            self.low_precision |= torch.is_autocast_enabled(self.device.type)
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +127,9 @@ class Setup:
         return self.reference.logits(*self.batch)
 
     def _own_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.policy(**causal_inputs(self.policy, ids, mask)).logits
+        logits = self.policy(**causal_inputs(self.policy, ids, mask)).logits
+        reshard(self.policy)
+        return logits
 
     def logits_again(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
         """A forward more of one of the two."""

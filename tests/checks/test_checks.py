@@ -41,6 +41,13 @@ def problems(*args, **options):
     return {check.name: check.text for check in check_setup(*args, **options) if check.status == "problem"}
 
 
+def test_silent_under_autocast_which_keeps_copies_of_weights():
+    """A new adapter moves the policy, though autocast may go on with the 16-bit copies that it has made of it."""
+    model = get_peft_model(tiny.llama().eval(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert problems(model, AdapterReference(model), starts_equal=True) == {}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_silent_on_healthy_pairs(family):
     model, reference = pair(of_family(family))
