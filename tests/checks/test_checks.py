@@ -43,7 +43,7 @@ def problems(*args, **options):
 
 def test_silent_under_autocast_which_keeps_copies_of_weights():
     """A new adapter moves the policy, though autocast may go on with the 16-bit copies that it has made of it."""
-    model = get_peft_model(tiny.llama().eval(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert problems(model, AdapterReference(model), starts_equal=True) == {}
 

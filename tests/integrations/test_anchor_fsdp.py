@@ -1,8 +1,8 @@
 """KLAnchorMixin under FSDP2 on two processes: the parameters of DDP.
 
 On a CPU accelerate makes DDP of a wish for FSDP2. Here the state says there were GPUs, so that accelerate's own FSDP2
-code runs, over gloo: real are the DTensors, the gathered head and its averaged gradient, the sharded optimizer; not real are
-CUDA, NCCL and mixed precision. Run as a script, this file is what each process does.
+code runs, over gloo: real are the DTensors, the gathered head and its averaged gradient, the sharded optimizer; not
+real are CUDA, NCCL and mixed precision. Run as a script, this file is what each process does.
 """
 
 import sys
