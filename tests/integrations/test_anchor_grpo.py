@@ -24,10 +24,11 @@ MORE = {  # what else the normalisers read
     "temperature": {"loss_type": "grpo", "temperature": 0.7},
     "mean over the maximum": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 1, "max_completion_length": 9},
 }
-SETTINGS = {f"{name}-{n}": {"loss_type": name, "num_iterations": n} for name in TYPES for n in (1, 2)} | MORE
+SETTINGS = {f"{name}-2": {"loss_type": name, "num_iterations": 2} for name in TYPES} | MORE
+SLOW = {f"{name}-1": pytest.param({"loss_type": name}, marks=pytest.mark.slow) for name in TYPES}
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), *SLOW.values()], ids=[*SETTINGS, *SLOW])
 def test_k3_in_the_loss_is_the_beta_of_trl(tmp_path, settings, reference_folder):
     theirs = trained_grpo(GRPOTrainer, grpo_config(tmp_path, beta=COEF, **settings), reference_folder)
     ours = trained_grpo(AnchoredGRPO, grpo_config(tmp_path, **settings), penalty=k3_in_the_loss())

@@ -38,7 +38,7 @@ def penalty(**changed):
     return KLPenalty(FrozenReference(wide(5)), **settings)
 
 
-@pytest.mark.parametrize("measure_every", [0, 1], ids=["", "tables"])
+@pytest.mark.parametrize("measure_every", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["", "tables"])
 def test_sft_never_has_logits(tmp_path, measure_every, monkeypatch):
     """[B, T, V] would be more than twice what TRL's head takes at a time; klft's tiles are smaller here."""
     monkeypatch.setitem(*limits(tile_logits=100 * VOCABULARY))
@@ -53,7 +53,7 @@ def test_sft_never_has_logits(tmp_path, measure_every, monkeypatch):
     assert 0 < seen.numel < 4 * 128 * VOCABULARY / 2
 
 
-@pytest.mark.parametrize("placement", ["loss", "both"])
+@pytest.mark.parametrize("placement", [pytest.param("loss", marks=pytest.mark.slow), "both"])
 def test_grpo_never_has_logits(tmp_path, placement, monkeypatch):
     monkeypatch.setitem(*limits(tile_logits=100 * VOCABULARY))
     args = grpo_config(

@@ -22,7 +22,7 @@ from trl import GRPOTrainer, SFTTrainer
 from klft import AdapterReference
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", ["forward", pytest.param("reverse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [
     {"gradient_accumulation_steps": 1},
     {"gradient_accumulation_steps": 2},

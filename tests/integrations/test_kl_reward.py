@@ -63,7 +63,10 @@ def conversations(prompts):
     return prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("two generations, hot, accumulated", "normalised", "two rollouts of two steps", "adamw")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_kl_reward_is_beta(case, path, tmp_path):
     """RLOOTrainer(beta=0, [r, KLReward(b)]) trains what RLOOTrainer(beta=b, [r]) trains."""
     changed = dict(CASES[case])
@@ -113,7 +116,9 @@ def by_hand(model, reference, temperature):
     return kl
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "loss_type", [pytest.param("grpo", marks=pytest.mark.slow), "dapo", pytest.param("dr_grpo", marks=pytest.mark.slow)]
+)
 def test_grpo_with_unscaled_rewards_trains_on_reward_minus_kl(loss_type, path, tmp_path):
     changed = {"kind": GRPOTrainer, "scale_rewards": "none", "loss_type": loss_type, "temperature": 0.8}
     ours = trained(with_kl(tmp_path, path, KLReward(rloo.reference(path), coef=COEF), **changed))
