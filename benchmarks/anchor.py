@@ -84,21 +84,23 @@ def step_of(made: Any) -> Any:
 
 
 def race(args: argparse.Namespace) -> None:
-    """Median ratios of the rounds."""
+    """Median ratios of the rounds, by the clock and, on a CPU, by the seconds that the cores were busy."""
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: step_of(trainer(name, args, folder)) for name in ("plain", "forward", "reverse")}
-    ratios: dict[str, list[float]] = {"forward": [], "reverse": []}
+    clocks = {"clock": time.perf_counter} | ({} if CUDA else {"busy cores": time.process_time})
+    ratios: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):
-        seconds = {}
+        taken = {}
         for name, step in steps.items():
-            start = time.perf_counter()
+            starts = {clock: now() for clock, now in clocks.items()}
             step()
-            seconds[name] = time.perf_counter() - start
-        for name, values in ratios.items():
-            values += [seconds[name] / seconds["plain"]] if number else []  # the first round warms up
-        print(f"  round {number}: {' '.join(f'{k} {v:.2f} s' for k, v in seconds.items())}", file=sys.stderr)
-    for name, values in ratios.items():
-        print(f"{name} KL in the loss: a step takes {statistics.median(values):.2f} x the plain one")
+            taken |= {(name, clock): now() - starts[clock] for clock, now in clocks.items()}
+        for (name, clock), seconds in taken.items():
+            if number and name != "plain":  # the first round warms up
+                ratios.setdefault((name, clock), []).append(seconds / taken["plain", clock])
+        print(f"  round {number}: {', '.join(f'{n} {t:.2f} s ({c})' for (n, c), t in taken.items())}", file=sys.stderr)
+    for (name, clock), values in ratios.items():
+        print(f"{name} KL in the loss: a step takes {statistics.median(values):.2f} x the plain one, by the {clock}")
 
 
 def peak(name: str, args: argparse.Namespace) -> float:

@@ -32,6 +32,9 @@ class Controller:
     def update(self, sequence_kl: float, episodes: int) -> float:
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={getattr(self, key):g}' for key in self._state)})"
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: plain numbers and the class name."""
         return {"controller": type(self).__name__} | {key: getattr(self, key) for key in self._state}

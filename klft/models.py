@@ -84,7 +84,9 @@ def _probe_kl(model: nn.Module, ids: Tensor, attention: Tensor, kept: slice) -> 
     with evaluating(model), torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
         plain = model(**causal_inputs(model, alone, torch.ones_like(alone))).logits
         other = model(**causal_inputs(model, ids, attention)).logits[:, kept]
-    exact = plain.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    # Under autocast accelerate gives fp32 logits of 16-bit products.
+    rounded = torch.is_autocast_enabled(ids.device.type) or is_quantized(model)
+    exact = plain.dtype in (torch.float32, torch.float64) and not rounded
     return float(reverse_kl(other, plain).max()), 1e-5 if exact else 1e-2
 
 
@@ -158,7 +160,8 @@ def require_causal_lm(model: nn.Module, role: str) -> None:
     encoder = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     sees_the_future = encoder and not getattr(config, "is_decoder", False)
     if not isinstance(inner, PreTrainedModel) or config is None:
-        raise TypeError(f"{role}: expected a transformers causal language model, got {type(inner).__name__}")
+        load = ": load it, AutoModelForCausalLM.from_pretrained(name)" if isinstance(inner, str) else ""
+        raise TypeError(f"{role}: expected a transformers causal language model, got {type(inner).__name__}{load}")
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     if encoder_decoder or sees_the_future or inner.get_output_embeddings() is None:
         raise TypeError(

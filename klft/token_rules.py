@@ -72,9 +72,9 @@ def by_ids(weights: Mapping[int, float], *, others: float = 1.0) -> Rule:
     when to end, and what the template wrote, is then not held to the reference. For classes of tokens, see find_ids.
     Raises ValueError for an empty table, an id below 0, and where the tokens' ids are not given.
     """
-    ids = sorted(weights)
+    ids = sorted(weights) if isinstance(weights, Mapping) and all(isinstance(i, int) for i in weights) else []
     if not ids or ids[0] < 0:
-        raise ValueError(f"by_ids: expected a table id -> weight of ids >= 0, got {dict(weights)!r:.80}")
+        raise ValueError(f"by_ids: expected a table id -> weight of ids >= 0, got {weights!r:.80}")
     others = _number("by_ids: others", others)
     table = torch.full((ids[-1] + 2,), others, dtype=torch.float64)  # its last entry is that of every id beyond
     table[ids] = torch.tensor([_number(f"by_ids: the weight of id {i}", weights[i]) for i in ids], dtype=torch.float64)

@@ -21,8 +21,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from klft.integrations.backbone import BackboneCalls
 from klft.integrations.batch import Batch, completion_batch, labelled_batch
-from klft.integrations.checks import check_anchor, run_self_test, trains_completions
-from klft.integrations.measure import Measured, Measurements, PolicySide, measure
+from klft.integrations.checks import as_penalty, check_anchor, check_order, run_self_test, trains_completions
+from klft.integrations.measure import Measured, Measurements, PolicySide, loss_scores, measure
 from klft.integrations.state import PenaltyState
 from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
@@ -53,22 +53,27 @@ class KLAnchorMixin(_Base):
             0: never. With a coefficient of 0 the KL is measured in those steps alone (0: in all).
         self_test: check policy, reference and optimizer on three short rows before the first step.
 
-    The controller is shown nats per sequence once per optimizer step. A clone of the reference's body is not made: its
-    forward runs once per micro-batch. Raises ValueError or TypeError for what cannot be right, before training, and
+    The controller is shown nats per sequence once per optimizer step. Logged are the penalty's own KL and k1, k2, k3
+    (of sampled tokens) over all tokens since the last log; the other direction and entropies over those of the last
+    step before it. Raises ValueError or TypeError for what cannot be right, before training, and
     RuntimeError, naming the versions, where transformers or TRL are not as this klft knows them.
     """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        check_order(cls)
 
     def __init__(
         self,
         *args: Any,
-        penalty: KLPenalty | Callable[[nn.Module], KLPenalty],
+        penalty: KLPenalty | Callable[[nn.Module], KLPenalty] | None = None,
         measure_every: int = 0,
         self_test: bool = True,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         assert self.model is not None
-        self.penalty = penalty if isinstance(penalty, KLPenalty) else penalty(self.model)
+        self.penalty = as_penalty(penalty, self.model)
         check_anchor(self, self.penalty, measure_every)
         for side in (sides := PolicySide.of(self.penalty, self.args)):
             side.reference.to(self.args.device)
@@ -113,6 +118,7 @@ class _Anchor:
         self.trainer, self.penalty, self.sides, self.measure_every = trainer, penalty, sides, measure_every
         self.completions = trains_completions(trainer)
         self.train, self.evaluation = Measurements(), Measurements()
+        self.whole = Measurements()  # of the training steps before a log
         self.window = torch.zeros(3, dtype=torch.float64)  # nats, sequences, tokens, of the optimizer step so far
         self.tested = False
         self.tables: TokenTables | None = None
@@ -125,6 +131,13 @@ class _Anchor:
     @property
     def _nth_step(self) -> bool:
         return not self.measure_every or self.trainer.state.global_step % self.measure_every == 0
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all of a batch's scores are wanted: in the last step before a log, and wherever there is no loss."""
+        args, state = self.trainer.args, self.trainer.state
+        steps = int(state.logging_steps or 1) if args.logging_strategy == "steps" else 1
+        return not self.penalty.coef or not self.trainer.model.training or (state.global_step + 1) % steps == 0
 
     def test_once(self, model: nn.Module) -> None:
         """Before the first training step."""
@@ -148,11 +161,14 @@ class _Anchor:
         tables = self.tables if training and self._nth_step else None
         with self.trainer.accelerator.autocast():
             top_k = 0 if tables is None else tables.top_k
-            measured = measure(self.penalty, self.sides, model, calls.only(), batch, top_k=top_k)
+            measured = measure(self.penalty, self.sides, model, calls.only(), batch, whole=self._is_whole, top_k=top_k)
         if tables is not None:
             weight = None if measured.kl.weight is None else measured.kl.weight[measured.kl.mask]
-            tables.add(self.trainer.state.global_step, batch, measured.scores, weight)
-        (self.train if training else self.evaluation).add(measured)
+            tables.add(self.trainer.state.global_step + 1, batch, measured.scores, weight)
+        if training:
+            self.train.add(measured, loss_scores(self.penalty))
+        if not training or self._is_whole:
+            (self.whole if training else self.evaluation).add(measured)
         if training:
             self._close_window(measured, num_items)
         return measured.loss
@@ -200,8 +216,9 @@ class _Anchor:
 
     def metrics(self, evaluation: bool) -> dict[str, float]:
         """kl/... since the last call, of all processes."""
-        measurements = self.evaluation if evaluation else self.train
-        metrics = measurements.take(self.trainer.accelerator, sampled=self.completions)
+        metrics: dict[str, float] = {}
+        for measurements in [self.evaluation] if evaluation else [self.whole, self.train]:
+            metrics |= measurements.take(self.trainer.accelerator, sampled=self.completions)
         if metrics:
             metrics["kl/coef"] = self.penalty.coef
         return {f"eval_{name}": value for name, value in metrics.items()} if evaluation else metrics

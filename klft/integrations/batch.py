@@ -25,6 +25,7 @@ class Batch:
     token_ids: Int[Tensor, "B T"]
     real: Bool[Tensor, "B T"]  # False on padding
     counted: Bool[Tensor, "B T"]  # True on the tokens of the trainer's loss
+    given: Bool[Tensor, "B T"]  # True on tokens that are no target: a prompt, what a tool said, padding
     sequence: Int[Tensor, "B T"]  # number of the sequence a token belongs to, ascending
     divisor: Float[Tensor, "B T"]  # a token's KL enters the loss over this
     behaviour_logp: Float[Tensor, "B T"] | None = None  # of the policy that sampled, where that was an earlier one
@@ -56,7 +57,8 @@ def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Ten
             f"{', '.join(sorted(inputs))} ({versions()}). Use a data collator that gives labels, -100 where a token "
             "does not count"
         )
-    counted = labels != -100
+    given = labels == -100
+    counted = ~given
     counted[:, 0] = False  # nothing predicts a row's first token
     token_ids = torch.where(counted, labels, inputs.get("input_ids", labels).clamp(min=0))
     real, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -69,7 +71,7 @@ def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Ten
     if num_items is not None and trainer.args.average_tokens_across_devices:
         # num_items counts the tokens of all processes, whose gradients are averaged.
         divisor = divisor / (trainer.accelerator.num_processes // trainer.get_tp_size())
-    return Batch(token_ids, real, counted, sequence, divisor.expand(labels.shape))
+    return Batch(token_ids, real, counted, given, sequence, divisor.expand(labels.shape))
 
 
 LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
@@ -100,6 +102,7 @@ def completion_batch(trainer: Any, inputs: Mapping[str, Any]) -> Batch:
         torch.cat([prompts, completions], 1),
         torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1) != 0,
         widened(mask),
+        ~widened(mask),
         torch.arange(len(prompts), device=prompts.device)[:, None].expand(-1, start + completions.shape[1]),
         widened(divisor.float().expand(mask.shape), fill=1),
         None if behaviour is None else widened(behaviour),

@@ -28,6 +28,29 @@ def trains_completions(trainer: Any) -> bool:
     return _owner(trainer).__name__ == "GRPOTrainer"
 
 
+def as_penalty(given: Any, policy: nn.Module) -> KLPenalty:
+    """The penalty, or what a function of the policy gives as one. TypeError, with what to write, for anything else."""
+    makes_one = callable(given) and not isinstance(given, nn.Module) and not hasattr(given, "check_independent")
+    penalty = given(policy) if makes_one else given
+    if not isinstance(penalty, KLPenalty):
+        got = f"a function that gives a {type(penalty).__name__}" if makes_one else f"a {type(penalty).__name__}"
+        raise TypeError(
+            f"KLAnchorMixin: penalty must be a KLPenalty, or a function of the policy that gives one; got {got}. "
+            "Pass penalty=KLPenalty(ref_model, estimator='exact', placement='loss', controller=FixedKL(0.1))"
+        )
+    return penalty
+
+
+def check_order(cls: type) -> None:
+    """Raise TypeError for a class in which the trainer stands before the mixin, which then has no part in it."""
+    before = cls.__mro__[: next(i for i, each in enumerate(cls.__mro__) if each.__name__ == "KLAnchorMixin")]
+    for each in before:
+        if "compute_loss" in vars(each) and each.__module__.partition(".")[0] in ("transformers", "trl"):
+            raise TypeError(
+                f"KLAnchorMixin must stand before {each.__name__}: class {cls.__name__}(KLAnchorMixin, {each.__name__})"
+            )
+
+
 def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
     """Raise ValueError or TypeError for a trainer, a penalty or a model that KLAnchorMixin cannot be right with."""
     if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
@@ -65,7 +88,7 @@ def _check_penalty(trainer: Any, penalty: KLPenalty) -> None:
     if penalty.placement != "loss":
         raise ValueError(
             f"KLAnchorMixin: placement={penalty.placement!r} needs rewards, and {_owner(trainer).__name__} has none: "
-            "use placement='loss'"
+            "use KLPenalty(..., estimator='exact', placement='loss')"
         )
     if penalty.estimator != "exact":
         raise ValueError(
@@ -118,7 +141,8 @@ def run_self_test(trainer: Any, model: nn.Module, sides: list["PolicySide"]) -> 
     if not trains_completions(trainer):  # texts are padded on the right
         wrong = {name: text for name, text in wrong.items() if not name.endswith("padding")}
     if wrong:
-        text = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+        causes = {why: name for name, why in reversed(wrong.items())}  # each once, by the first check that found it
+        text = "; ".join(f"{name}: {why}" for why, name in reversed(causes.items()))
         raise RuntimeError(f"KLAnchorMixin, before the first step: {text}. (self_test=False leaves it out)")
 
 

@@ -40,8 +40,8 @@ class TokenTables:
 
         counted = in_rows(batch.counted)
         values = {name: in_rows(scatter_masked(t.detach(), batch.counted)) for name, t in scores.items()}
-        # A label is not what comes first in a text: what stands before the first counted token is its prompt.
-        prompt = rows & (counted.cumsum(1) == 0)
+        # What is given before the first counted token. A text's first token is no prompt where it has a label.
+        prompt = in_rows(batch.given) & (counted.cumsum(1) == 0)
         sampled = counted if batch.sampled else torch.zeros_like(counted)
         self.log.add(
             TokenScores(**values | {"sampled": sampled}), in_rows(batch.token_ids), rows, step=step, is_prompt=prompt,

@@ -15,7 +15,7 @@ def check_combination(direction: str, estimator: str, placement: str) -> None:
     if estimator == "k1" and placement != "reward":
         raise ValueError(
             "k1 as a loss has a gradient of zero in expectation: it would do nothing but add noise. "
-            "Use placement='reward' with k1, or estimator='k2', 'k3' or 'exact' in the loss."
+            "Use placement='reward' with k1, or estimator='exact' (of sampled tokens also 'k2' or 'k3') in the loss."
         )
     if placement == "both" and estimator != "exact" and (direction, estimator) != ("reverse", "k3"):
         raise ValueError(

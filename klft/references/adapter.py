@@ -59,7 +59,8 @@ class AdapterReference(ModelReference):
         if not hasattr(peft_model, "disable_adapter"):
             raise TypeError(
                 f"AdapterReference needs a PEFT model, got {type(peft_model).__name__}; use FrozenReference for a "
-                "second, frozen model"
+                "second, frozen model; where a trainer makes the adapter (peft_config), give it a function of the "
+                "policy: penalty=lambda model: KLPenalty(AdapterReference(model), ...)"
             )
         super().__init__(peft_model)
         self.adapter, configs = adapter, getattr(peft_model, "peft_config", {})

@@ -29,7 +29,13 @@ class MixtureReference(Reference):
 
     def __init__(self, parts: "Sequence[tuple[float, Reference | PreTrainedModel]]"):
         self.parts: list[tuple[float, Reference]] = []
-        for weight, given in parts:
+        for pair in parts:
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], int | float):
+                raise TypeError(
+                    f"MixtureReference: expected (weight, reference) pairs, [(0.3, a), (0.7, b)], got a "
+                    f"{type(pair).__name__} among them"
+                )
+            weight, given = pair
             if not 0 < weight < math.inf:
                 raise ValueError(f"MixtureReference: weights must be finite numbers above 0, got {weight}")
             reference = resolve_reference(given)

@@ -93,7 +93,7 @@ def penalty_with(**changed):
 
 
 @pytest.mark.parametrize(("changed", "says"), [
-    ({"penalty": penalty_with(placement="both")}, "needs rewards, and SFTTrainer has none: use placement='loss'"),
+    ({"penalty": penalty_with(placement="both")}, "needs rewards, and SFTTrainer has none: use KLPenalty"),
     ({"penalty": penalty_with(estimator="k3")}, "labels are given texts: use estimator='exact'"),
     ({"penalty": penalty_with(), "measure_every": -1}, "measure_every must be a whole number >= 0, got -1"),
     ({"penalty": penalty_with(), "measure_every": 2.0}, "measure_every must be a whole number >= 0, got 2.0"),
@@ -187,10 +187,10 @@ def test_a_monitor_writes_the_trainers_own_tokens(tmp_path):
     assert torch.equal(parameters(plain.model), parameters(watched.model))
     table, _ = read_records(tmp_path)
     assert (tmp_path / "kl" / "report.html").stat().st_size > 10_000
-    assert sorted(set(table["step"].to_pylist())) == [0, 2]
+    assert sorted(set(table["step"].to_pylist())) == [1, 3]
     logged = [log.get("kl/reverse/mean") for log in watched.state.log_history if "loss" in log]
     rows = table.to_pylist()
-    for step, value in zip((0, 2), logged[::2], strict=True):
+    for step, value in zip((1, 3), logged[::2], strict=True):
         own = [row["reverse_kl"] for row in rows if row["step"] == step and row["reverse_kl"] is not None]
         assert value == pytest.approx(sum(own) / len(own), rel=1e-5)
     assert logged[1::2] == [None, None]
@@ -312,3 +312,20 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path, restores):
     rest = run(tmp_path / "rest", 4, str(tmp_path / "elsewhere"))
     assert torch.equal(parameters(whole.model), parameters(rest.model))
     assert whole.penalty.coef == rest.penalty.coef != 0.5
+
+
+def test_what_the_loss_does_not_need_is_measured_before_a_log(tmp_path):
+    """The penalty's own KL over all tokens since the last log, the other direction over those of the last step."""
+    runs = {}
+    for every in (1, 4):
+        args = sft_config(tmp_path, logging_steps=every, max_steps=4)
+        run = sft(AnchoredSFT, args, penalty=exact())
+        runs[every] = [log for log in run.state.log_history if "loss" in log]
+    (log,), each = runs[4], runs[1]
+    counts = [one["kl/tokens/count"] for one in each]
+    mean = sum(one["kl/forward/mean"] * n for one, n in zip(each, counts, strict=True)) / sum(counts)
+    assert log["kl/tokens/count"] == sum(counts)
+    assert log["kl/forward/mean"] == pytest.approx(mean, rel=1e-5)
+    for key in ("kl/reverse/mean", "entropy/policy/mean", "entropy/reference/mean"):
+        assert log[key] == pytest.approx(each[-1][key], rel=1e-5)
+    assert set(log) == set(each[0])
