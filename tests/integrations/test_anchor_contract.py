@@ -222,7 +222,7 @@ def test_logs_are_of_all_tokens_since_the_last(tmp_path):
     """The logged KL, against logits; in evaluation likewise."""
     model, other = policy(), policy(seed=5).eval()
     args = sft_config(tmp_path, learning_rate=0.0, max_steps=8, logging_steps=8, eval_strategy="steps", eval_steps=8)
-    run = sft(AnchoredSFT, args, model=model, penalty=exact(), eval_dataset=texts(12))
+    run = sft(AnchoredSFT, args, model=model, penalty=exact("reverse"), eval_dataset=texts(12))
     data, total, count = texts(), 0.0, 0
     for rows, name in ((data, "kl/reverse/mean"), (texts(12), "eval_kl/reverse/mean")):
         total = count = 0.0
