@@ -25,6 +25,7 @@ from klft.integrations import KLAnchorMixin
 
 CUDA = torch.cuda.is_available()
 VOCAB_SIZE = 151_936
+CONTENDERS = ("plain", "forward", "reverse", "forward logged")  # logged: a step before a log, with all scores
 
 
 class AnchoredSFT(KLAnchorMixin, SFTTrainer):
@@ -43,14 +44,15 @@ def llama(hidden: int) -> LlamaForCausalLM:
 
 
 def trainer(name: str, args: argparse.Namespace, folder: str) -> Any:
-    """A trainer on random texts of one length; `name`: plain, forward or reverse."""
+    """A trainer on random texts of one length; `name`: one of CONTENDERS."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     rows = torch.randint(2, VOCAB_SIZE, (args.batch * 64, args.length), generator=torch.Generator().manual_seed(1))
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=args.batch, max_steps=1, report_to="none", bf16=CUDA,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=not CUDA, gradient_checkpointing=False,
+        save_strategy="no", disable_tqdm=True, logging_steps=1,
+        logging_strategy="steps" if name.endswith("logged") else "no", use_cpu=not CUDA, gradient_checkpointing=False,
         max_length=args.length, loss_type="nll", optim="adamw_torch",
     )  # fmt: skip
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
@@ -61,7 +63,7 @@ def trainer(name: str, args: argparse.Namespace, folder: str) -> Any:
     if name == "plain":
         return SFTTrainer(llama(args.hidden), **more)
     penalty = KLPenalty(
-        FrozenReference(llama(args.hidden)), direction=name, estimator="exact", placement="loss",
+        FrozenReference(llama(args.hidden)), direction=name.split()[0], estimator="exact", placement="loss",
         controller=FixedKL(0.1),
     )  # fmt: skip
     return AnchoredSFT(llama(args.hidden), penalty=penalty, self_test=False, **more)
@@ -86,7 +88,7 @@ def step_of(made: Any) -> Any:
 def race(args: argparse.Namespace) -> None:
     """Median ratios of the rounds, by the clock and, on a CPU, by the seconds that the cores were busy."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: step_of(trainer(name, args, folder)) for name in ("plain", "forward", "reverse")}
+        steps = {name: step_of(trainer(name, args, folder)) for name in CONTENDERS}
     clocks = {"clock": time.perf_counter} | ({} if CUDA else {"busy cores": time.process_time})
     ratios: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):

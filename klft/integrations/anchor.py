@@ -136,8 +136,10 @@ class _Anchor:
     def _is_whole(self) -> bool:
         """Whether all of a batch's scores are wanted: in the last step before a log, and wherever there is no loss."""
         args, state = self.trainer.args, self.trainer.state
+        if not self.penalty.coef or not self.trainer.model.training:
+            return True
         steps = int(state.logging_steps or 1) if args.logging_strategy == "steps" else 1
-        return not self.penalty.coef or not self.trainer.model.training or (state.global_step + 1) % steps == 0
+        return args.logging_strategy != "no" and (state.global_step + 1) % steps == 0
 
     def test_once(self, model: nn.Module) -> None:
         """Before the first training step."""
