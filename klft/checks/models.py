@@ -72,13 +72,14 @@ def _check_head(setup: Setup, role: str) -> Check:
         return Check(name, "note", "its head cannot be read: scored from logits, which takes more memory")
     if side.head.shard is not None:
         return Check(name, "skipped", "the head is split over processes")
-    ours, own = side.head.logits(side.hidden).float(), setup.logits_of(role)[everywhere].float()
+    ours, own = side.head.logits(side.hidden).float(), setup.logits_of(role)[everywhere]
+    rough, own = setup.low_precision or own.dtype in (torch.float16, torch.bfloat16), own.float()
     both = ours.isfinite() & own.isfinite()
     if not torch.equal(ours.nan_to_num()[~both], own.nan_to_num()[~both]):  # a suppressed id is -inf in both
         return problem(name, "hidden states times the head are infinite or NaN where the model's own logits are not")
     ours, own = ours[both], own[both]
     off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6)) if len(own) else 0.0
-    if not off < (3e-2 if setup.low_precision else 1e-5):
+    if not off < (3e-2 if rough else 1e-5):
         return problem(
             name, f"hidden states times the head differ from the model's own logits by {off:.1e} of the largest: a "
             "softcap, a scale or a bias is not read. Pass an LMHead with it, or score from logits"

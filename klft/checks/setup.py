@@ -58,6 +58,7 @@ class Setup:
     shard_vocab: str = "auto"
     scorer: Any = None
     was_training: bool = field(init=False)
+    low_reference: bool = field(init=False, default=False)  # its logits are of 16 bits, whatever the policy's are
     heads: dict[str, Check] = field(default_factory=dict)  # what check_head found, by role
 
     def __post_init__(self):
@@ -79,7 +80,7 @@ class Setup:
     @property
     def kl_tolerance(self) -> float:
         """Nats per token that rounding alone may make of two equal distributions."""
-        return 1e-2 if self.low_precision else 1e-5
+        return 1e-2 if self.low_precision or self.low_reference else 1e-5
 
     @cached_property
     def tokens(self) -> Int[Tensor, "L"]:
@@ -124,7 +125,9 @@ class Setup:
     @cached_property
     def reference_logits(self) -> Float[Tensor, "3 L V"]:
         """The reference's, of the batch."""
-        return self.reference.logits(*self.batch)
+        logits = self.reference.logits(*self.batch)
+        self.low_reference = logits.dtype not in (torch.float32, torch.float64)
+        return logits
 
     def _own_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         logits = self.policy(**causal_inputs(self.policy, ids, mask)).logits
