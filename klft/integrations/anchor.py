@@ -105,9 +105,8 @@ class KLAnchorMixin(_Base):
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With `kl/...` since the last log, of all processes; `eval_kl/...` in evaluation."""
-        if "loss" in logs or any(name.startswith("eval_") for name in logs):  # the Trainer's own: on all processes
-            logs |= self._anchor.metrics(evaluation="loss" not in logs)
+        """With `kl/...` since the last log, of all processes; `eval_kl/...` in evaluation (`<name>_kl/...`)."""
+        logs |= self._anchor.metrics(logs)
         super().log(logs, start_time)
 
 
@@ -119,7 +118,8 @@ class _Anchor:
         self.completions = trains_completions(trainer)
         self.train, self.evaluation = Measurements(), Measurements()
         self.whole = Measurements()  # of the training steps before a log
-        self.window = torch.zeros(3, dtype=torch.float64)  # nats, sequences, tokens, of the optimizer step so far
+        # Of the optimizer step so far: nats, sequences, tokens, tokens that nothing predicts.
+        self.window = torch.zeros(4, dtype=torch.float64)
         self.tested = False
         self.tables: TokenTables | None = None
 
@@ -172,13 +172,14 @@ class _Anchor:
         if not training or self._is_whole:
             (self.whole if training else self.evaluation).add(measured)
         if training:
-            self._close_window(measured, num_items)
+            self._close_window(measured, num_items, batch.unpredicted)
         return measured.loss
 
-    def _close_window(self, measured: Measured, num_items: Tensor | int | None) -> None:
+    def _close_window(self, measured: Measured, num_items: Tensor | int | None, unpredicted: int) -> None:
         """Once per optimizer step: show the controller all its sequences, and compare the count with the trainer's."""
         nats, episodes = self.penalty.sequence_kl(measured.kl)
-        self.window += torch.tensor([nats * episodes, episodes, len(measured.token_ids)], dtype=torch.float64)
+        own = [nats * episodes, episodes, len(measured.token_ids), unpredicted]
+        self.window += torch.tensor(own, dtype=torch.float64)
         accelerator = self.trainer.accelerator
         if not accelerator.sync_gradients:
             return
@@ -187,8 +188,9 @@ class _Anchor:
         total = accelerator.reduce(local, "sum")
         if num_items is not None and not self.completions:
             across = self.trainer.args.average_tokens_across_devices
-            counted = float((total if across else local)[2]) / (self.trainer.get_tp_size() if across else 1)
-            if counted != float(num_items):
+            counts = (total if across else local)[2:] / (self.trainer.get_tp_size() if across else 1)
+            counted = float(counts[0])
+            if float(num_items) not in (counted, float(counts.sum())):
                 raise RuntimeError(
                     f"KLAnchorMixin counts {counted:.0f} tokens in this optimizer step and the trainer "
                     f"{float(num_items):.0f}: their sums would be divided differently. Check the labels that the data "
@@ -216,18 +218,23 @@ class _Anchor:
         # TRL hands the same dictionary back in every pass over a rollout.
         inputs["advantages"], inputs[_CHARGED] = advantages - self.penalty.coef * charged.to(advantages), True
 
-    def metrics(self, evaluation: bool) -> dict[str, float]:
-        """kl/... since the last call, of all processes."""
+    def metrics(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """kl/... since the last call, of all processes, if these logs are the Trainer's own, which all processes have.
+
+        An evaluation's, or a prediction's, behind its name: its logs hold <name>_runtime.
+        """
+        prefixes = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
         metrics: dict[str, float] = {}
-        for measurements in [self.evaluation] if evaluation else [self.whole, self.train]:
-            metrics |= measurements.take(self.trainer.accelerator, sampled=self.completions)
+        if prefixes or "loss" in logs:
+            for measurements in [self.evaluation] if prefixes else [self.whole, self.train]:
+                metrics |= measurements.take(self.trainer.accelerator, sampled=self.completions)
         if metrics:
             metrics["kl/coef"] = self.penalty.coef
-        return {f"eval_{name}": value for name, value in metrics.items()} if evaluation else metrics
+        return {"".join(prefixes[:1]) + name: value for name, value in metrics.items()}
 
 
 class AnchorCallback(TrainerCallback):
-    """Opens and closes the tables of `measure_every`."""
+    """Opens and closes the tables of `measure_every`; gives a prediction's metrics, which are not logged, their KL."""
 
     def __init__(self, anchor: _Anchor):
         self._anchor = anchor
@@ -236,7 +243,7 @@ class AnchorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         anchor = self._anchor
-        if anchor.measure_every and anchor.tables is None:
+        if anchor.measure_every:
             from klft.integrations.tokens import TokenTables
 
             folder = Path(args.output_dir or ".")
@@ -249,3 +256,10 @@ class AnchorCallback(TrainerCallback):
     ) -> None:
         if self._anchor.tables is not None:
             self._anchor.tables.close()
+            self._anchor.tables = None  # another training's are not these
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float],
+        **kwargs: object,
+    ) -> None:  # fmt: skip
+        metrics |= self._anchor.metrics(metrics)

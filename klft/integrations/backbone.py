@@ -48,6 +48,9 @@ class BackboneCalls:
 
     def _record(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        if "use_cache" in self._names and inputs.get("use_cache") is None:
+            # With a cache a packed row's texts see each other, and the reference's configuration may say otherwise.
+            inputs["use_cache"] = getattr(self._backbone.config, "use_cache", False)
         hidden = getattr(output, "last_hidden_state", output[0])
         self.calls.append(BackboneCall(inputs, hidden, torch.is_grad_enabled()))
 

@@ -31,6 +31,7 @@ class Batch:
     behaviour_logp: Float[Tensor, "B T"] | None = None  # of the policy that sampled, where that was an earlier one
     temperature: float = 1.0
     sampled: bool = False  # the policy sampled the tokens that count
+    unpredicted: int = 0  # labels of first tokens, which some models' trainers count
 
     @property
     def predicts(self) -> Bool[Tensor, "B T"]:
@@ -45,8 +46,8 @@ class Batch:
 def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
     """Tokens with a label other than -100, as SFT and transformers' own trainer train them.
 
-    The sum over tokens is divided by `num_items_in_batch`, or by this batch's count where there is none. Raises
-    ValueError for a batch without labels.
+    The sum over tokens is divided by `num_items_in_batch`, or by this batch's count where there is none or where the
+    trainer's `loss_is_scaled_for_ga` is False. Raises ValueError for a batch without labels.
     """
     labels = inputs.get("labels")
     if "shift_labels" in inputs:  # already under the position that predicts them
@@ -59,6 +60,7 @@ def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Ten
         )
     given = labels == -100
     counted = ~given
+    unpredicted = int(counted[:, 0].sum())
     counted[:, 0] = False  # nothing predicts a row's first token
     token_ids = torch.where(counted, labels, inputs.get("input_ids", labels).clamp(min=0))
     real, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -66,12 +68,14 @@ def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Ten
     sequence = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
     if isinstance(positions, Tensor) and positions.shape == labels.shape:  # packed: each text counts from 0
         sequence = sequence * (labels.shape[1] + 1) + (positions == 0).cumsum(1)
+    if getattr(trainer, "loss_is_scaled_for_ga", None) is False:
+        num_items = None  # the loss is a mean of this batch, which the trainer divides by its accumulation steps
     divisor = counted.sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
     divisor = divisor.clamp(min=1).float()
     if num_items is not None and trainer.args.average_tokens_across_devices:
         # num_items counts the tokens of all processes, whose gradients are averaged.
         divisor = divisor / (trainer.accelerator.num_processes // trainer.get_tp_size())
-    return Batch(token_ids, real, counted, given, sequence, divisor.expand(labels.shape))
+    return Batch(token_ids, real, counted, given, sequence, divisor.expand(labels.shape), unpredicted=unpredicted)
 
 
 LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")

@@ -84,6 +84,12 @@ def _check_trainer(trainer: Any) -> None:
 
 def _check_penalty(trainer: Any, penalty: KLPenalty) -> None:
     if trains_completions(trainer):
+        if penalty.placement != "loss" and trainer.args.importance_sampling_level == "sequence":
+            raise ValueError(
+                f"KLAnchorMixin: placement={penalty.placement!r} gives each token an advantage of its own, and "
+                "importance_sampling_level='sequence' spreads their mean over the sequence: use placement='loss', or "
+                "importance_sampling_level='token'"
+            )
         return
     if penalty.placement != "loss":
         raise ValueError(

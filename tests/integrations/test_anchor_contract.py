@@ -105,6 +105,12 @@ def test_what_sft_cannot_do_is_refused(tmp_path, changed, says):
         )
 
 
+def test_a_reward_per_token_needs_a_ratio_per_token(tmp_path):
+    args = grpo_config(tmp_path, loss_type="grpo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match=r"placement='both' .*importance_sampling_level='sequence'.*use placement='lo"):
+        grpo(AnchoredGRPO, policy(), args, penalty=penalty_with(placement="both"))
+
+
 def test_a_reference_that_shares_the_weights_is_refused(tmp_path):
     model = policy()
     with pytest.raises(ValueError, match="shares the policy's memory"):
@@ -237,6 +243,28 @@ def test_logs_are_of_all_tokens_since_the_last(tmp_path):
     assert log["kl/tokens/count"] == sum(sum(i != -100 for i in labels[1:]) for labels in data["labels"])
     assert log["kl/coef"] == COEF
     assert "kl/k1/mean" not in log, "labels are not sampled from the policy"
+
+
+def test_each_evaluation_logs_its_own_tokens_by_its_own_name(tmp_path):
+    """Two data sets, another prefix, and a prediction before it, whose tokens are its own."""
+    sets = {"a": texts(12), "b": texts(20)}
+    trainer = AnchoredTrainer(
+        policy(), args=arguments(tmp_path), train_dataset=texts(), eval_dataset=sets, penalty=exact(),
+        data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()), processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    counts = {name: sum(i != -100 for labels in rows["labels"] for i in labels[1:]) for name, rows in sets.items()}
+    assert trainer.predict(sets["b"]).metrics["test_kl/tokens/count"] == counts["b"]
+    metrics = trainer.evaluate()
+    assert {name: metrics[f"eval_{name}_kl/tokens/count"] for name in sets} == counts
+    assert trainer.evaluate(sets["a"], metric_key_prefix="held_out")["held_out_kl/tokens/count"] == counts["a"]
+    trainer.train()
+    assert not any(name.startswith("train_kl") for line in trainer.state.log_history for name in line)
+
+
+def test_a_second_training_does_not_write_into_the_tables_of_the_first(tmp_path):
+    trainer = sft(AnchoredSFT, sft_config(tmp_path, max_steps=1), penalty=exact(), measure_every=1)
+    with pytest.raises(ValueError, match="Resume it, remove them, or name another output_dir"):
+        trainer.train()
 
 
 def test_a_controller_sees_nats_per_sequence_once_per_step(tmp_path):

@@ -16,10 +16,11 @@ from support.trainers import (
     sft_config,
     texts,
 )
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from trl import GRPOTrainer, SFTTrainer
 
-from klft import AdapterReference
+from klft import AdapterReference, FrozenReference, reverse_kl
+from klft.integrations import KLAnchorMixin
 
 
 @pytest.mark.parametrize("direction", ["forward", pytest.param("reverse", marks=pytest.mark.slow)])
@@ -96,3 +97,78 @@ def test_a_plain_trainer_equals_the_same_in_sft(tmp_path):
     ours = trainer_run(AnchoredTrainer, arguments(tmp_path, **sizes), penalty=exact())
     theirs = sft(AnchoredSFT, sft_config(tmp_path, **sizes), penalty=exact())
     assert (parameters(ours.model) - parameters(theirs.model)).abs().max() < 1e-6
+
+
+# ---- what other trainers, models and collators do --------------------------------------------------------------------
+
+
+def logged_against_each_text_alone(run, other):
+    """The KL that a run with a learning rate of 0 logged of its 32 texts, and the same from logits, text by text."""
+    values = []
+    for ids in texts()["input_ids"]:
+        with torch.no_grad():
+            logits, ref_logits = (m(input_ids=torch.tensor([ids])).logits[0, :-1] for m in (run.model.eval(), other))
+        values.append(reverse_kl(logits, ref_logits))
+    (logged,) = [line["kl/reverse/mean"] for line in run.state.log_history if "loss" in line]
+    assert logged == pytest.approx(float(torch.cat(values).mean()), rel=1e-5)
+
+
+def one_step(tmp_path, model, other, collator=None, **changed):
+    """A plain Trainer, all texts in one batch, all their tokens counted."""
+    args = arguments(tmp_path, learning_rate=0.0, max_steps=1, per_device_train_batch_size=32, **changed)
+    run = AnchoredTrainer(
+        model, args=args, train_dataset=texts().map(lambda row: {"labels": row["input_ids"]}),
+        data_collator=collator or DataCollatorForSeq2Seq(tiny.tokenizer()), processing_class=tiny.tokenizer(),
+        penalty=exact("reverse", reference=FrozenReference(other)),
+    )  # fmt: skip
+    run.train()
+    return run
+
+
+def test_the_reference_keeps_flattened_texts_apart_where_the_policy_does(tmp_path):
+    """The Trainer turns the policy's cache off, with which texts would see each other, and not the reference's."""
+    other = policy(seed=5)
+    assert other.config.use_cache
+    run = one_step(tmp_path, policy(), other, DataCollatorWithFlattening())
+    logged_against_each_text_alone(run, other)
+
+
+def test_a_model_whose_first_tokens_the_trainer_counts(tmp_path):
+    """transformers does not know GPT-2's loss by name, and counts labels that nothing predicts."""
+    other = tiny.gpt2(5, dropout=0.0)
+    logged_against_each_text_alone(one_step(tmp_path, tiny.gpt2(dropout=0.0), other), other)
+
+
+def test_a_reference_in_half_precision(tmp_path):
+    run = one_step(tmp_path, policy(), policy(seed=5).bfloat16())
+    assert run.state.log_history[0]["kl/reverse/mean"] > 0.1
+
+
+class MeanOfABatch(Trainer):
+    """A loss that does not read num_items_in_batch, as transformers documents it."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class AnchoredMean(KLAnchorMixin, MeanOfABatch):
+    pass
+
+
+def test_a_loss_that_the_trainer_scales_itself(tmp_path):
+    """One text over and over: accumulation changes nothing to a mean, nor to the KL in it."""
+
+    def run(make, steps):
+        args = arguments(tmp_path, gradient_accumulation_steps=steps, max_steps=2)
+        trainer = make(
+            policy(), args=args, train_dataset=texts().select([8] * 32), processing_class=tiny.tokenizer(),
+            data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()), penalty=exact(),
+        )  # fmt: skip
+        trainer.train()
+        return parameters(trainer.model)
+
+    once, thrice = run(AnchoredMean, 1), run(AnchoredMean, 3)
+    assert (once - run(AnchoredTrainer, 1)).abs().max() < 1e-6
+    assert (once - thrice).abs().max() < 1e-6
