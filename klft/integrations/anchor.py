@@ -234,7 +234,7 @@ class _Anchor:
 
 
 class AnchorCallback(TrainerCallback):
-    """Opens and closes the tables of `measure_every`; gives a prediction's metrics, which are not logged, their KL."""
+    """Opens and closes the tables of `measure_every`; a prediction, which is not logged, gets its KL as a metric."""
 
     def __init__(self, anchor: _Anchor):
         self._anchor = anchor
@@ -243,6 +243,7 @@ class AnchorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         anchor = self._anchor
+        anchor.window.zero_()  # an earlier training may have been interrupted inside a step
         if anchor.measure_every:
             from klft.integrations.tokens import TokenTables
 

@@ -18,7 +18,7 @@ from support.trainers import (
     sft_config,
     texts,
 )
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 
 from klft import AdapterReference, AdaptiveKL, FixedKL, FrozenReference, KLPenalty, reverse_kl
@@ -265,6 +265,25 @@ def test_a_second_training_does_not_write_into_the_tables_of_the_first(tmp_path)
     trainer = sft(AnchoredSFT, sft_config(tmp_path, max_steps=1), penalty=exact(), measure_every=1)
     with pytest.raises(ValueError, match="Resume it, remove them, or name another output_dir"):
         trainer.train()
+
+
+def test_training_starts_anew_after_an_interruption_inside_a_step(tmp_path):
+    class Interrupt(TrainerCallback):
+        fresh = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.fresh:
+                self.fresh = False
+                raise KeyboardInterrupt
+
+    trainer = AnchoredSFT(
+        policy(), args=sft_config(tmp_path, gradient_accumulation_steps=2), train_dataset=texts(), penalty=exact(),
+        processing_class=tiny.tokenizer(), callbacks=[Interrupt()],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_a_controller_sees_nats_per_sequence_once_per_step(tmp_path):
