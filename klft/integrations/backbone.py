@@ -35,7 +35,8 @@ class BackboneCalls:
     """Records the calls of a model's backbone inside the `with`: whatever wraps the model, all hooks run."""
 
     def __init__(self, model: nn.Module):
-        self._backbone = base_of(model).base_model
+        backbone = base_of(model).base_model
+        self._backbone = getattr(backbone, "decoder", backbone)  # which OPT and its like call directly
         self._names = [*inspect.signature(self._backbone.forward).parameters]
         self.calls: list[BackboneCall] = []
 

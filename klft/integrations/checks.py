@@ -164,7 +164,7 @@ def _check_backbone(setup: Setup, role: str) -> Check:
                 head = setup.scorer.policy_head(setup.policy)
         else:
             hidden, head = setup.reference.hidden_of(inputs)  # pyright: ignore - check_anchor saw that it is there
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         return problem(name, f"its KL cannot be taken without logits: {error}")
     if head.shard is not None:
         return Check(name, "skipped", "the head is split over processes")

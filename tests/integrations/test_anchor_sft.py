@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import tiny
+from support import families, tiny
 from support.anchors import DenseOracle, exact, sft
 from support.trainers import (
     AnchoredGRPO,
@@ -137,6 +137,31 @@ def test_a_model_whose_first_tokens_the_trainer_counts(tmp_path):
     """transformers does not know GPT-2's loss by name, and counts labels that nothing predicts."""
     other = tiny.gpt2(5, dropout=0.0)
     logged_against_each_text_alone(one_step(tmp_path, tiny.gpt2(dropout=0.0), other), other)
+
+
+@pytest.mark.parametrize("make", [arguments, sft_config])
+def test_a_model_whose_head_calls_the_decoder_inside_its_backbone(tmp_path, make):
+    """OPT: the backbone's own forward is never run."""
+    model, other = (families.model("opt", seed) for seed in (0, 5))
+    for dropout in (m for m in model.modules() if hasattr(m, "dropout")):
+        dropout.dropout = 0.0
+    if make is sft_config:
+        args = sft_config(tmp_path, learning_rate=0.0, max_steps=1, per_device_train_batch_size=32)
+        data = texts().map(lambda row: {"labels": row["input_ids"]})
+        run = AnchoredSFT(
+            model, args=args, train_dataset=data, processing_class=tiny.tokenizer(),
+            penalty=exact("reverse", reference=FrozenReference(other)),
+        )  # fmt: skip
+        run.train()
+    else:
+        run = one_step(tmp_path, model, other)
+    logged_against_each_text_alone(run, other)
+
+
+def test_a_model_without_a_backbone_is_refused(tmp_path):
+    """Llama 4's text model: what transformers takes for its backbone is the model itself."""
+    with pytest.raises(RuntimeError, match="policy: backbone: its KL cannot be taken without logits"):
+        one_step(tmp_path, families.model("llama4_text"), families.model("llama4_text", 5))
 
 
 def test_a_reference_in_half_precision(tmp_path):
