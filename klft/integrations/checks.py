@@ -55,6 +55,10 @@ def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
     """Raise ValueError or TypeError for a trainer, a penalty or a model that KLAnchorMixin cannot be right with."""
     if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
         raise ValueError(f"KLAnchorMixin: measure_every must be a whole number >= 0, got {measure_every!r}")
+    if measure_every and trainer.processing_class is None:
+        raise ValueError(
+            "KLAnchorMixin: measure_every writes texts, and this trainer has no processing_class: give it the tokenizer"
+        )
     _check_trainer(trainer)
     _check_penalty(trainer, penalty)
     _check_model(trainer.model, penalty)

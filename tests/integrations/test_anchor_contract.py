@@ -105,6 +105,11 @@ def test_what_sft_cannot_do_is_refused(tmp_path, changed, says):
         )
 
 
+def test_tables_need_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"measure_every writes texts, .* no processing_class: give it the tokenizer"):
+        AnchoredTrainer(policy(), args=arguments(tmp_path), penalty=exact(), measure_every=1)
+
+
 def test_a_reward_per_token_needs_a_ratio_per_token(tmp_path):
     args = grpo_config(tmp_path, loss_type="grpo", importance_sampling_level="sequence")
     with pytest.raises(ValueError, match=r"placement='both' .*importance_sampling_level='sequence'.*use placement='lo"):
