@@ -197,3 +197,30 @@ def test_a_loss_that_the_trainer_scales_itself(tmp_path):
     once, thrice = run(AnchoredMean, 1), run(AnchoredMean, 3)
     assert (once - run(AnchoredTrainer, 1)).abs().max() < 1e-6
     assert (once - thrice).abs().max() < 1e-6
+
+
+def test_a_loss_function_of_ones_own_without_a_count_is_divided_by_the_accumulation(tmp_path):
+    """With shift_labels alone the Trainer counts nothing, and takes the function's loss as it is."""
+
+    class Shifted(DataCollatorForSeq2Seq):
+        def __call__(self, rows, return_tensors=None):
+            batch = super().__call__(rows, return_tensors)
+            labels = batch.pop("labels").roll(-1, 1)
+            labels[:, -1] = -100
+            return batch | {"shift_labels": labels}
+
+    def weights(steps, size):
+        model = policy()
+        trainer = AnchoredTrainer(
+            model, args=arguments(tmp_path, gradient_accumulation_steps=steps, per_device_train_batch_size=size,
+                                  max_steps=1, remove_unused_columns=False),
+            train_dataset=equal_lengths, data_collator=Shifted(tiny.tokenizer()), penalty=exact(),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: 0.0 * outputs.logits.sum(),
+        )  # fmt: skip
+        trainer.train()
+        return parameters(model)
+
+    rows = [[3 + (7 * i + j) % 29 for j in range(6)] for i in range(8)]
+    equal_lengths = tiny.Dataset.from_dict({"input_ids": rows, "labels": rows})
+    assert (weights(1, 4) - parameters(policy())).abs().max() > 1e-3
+    assert (weights(2, 2) - weights(1, 4)).abs().max() < 1e-6
