@@ -72,7 +72,8 @@ def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Ten
         num_items = None  # the loss is a mean of this batch, which the trainer divides by its accumulation steps
     divisor = counted.sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
     divisor = divisor.clamp(min=1).float()
-    if num_items is None and getattr(trainer, "compute_loss_func", None) is not None and trainer.model.training:
+    training = trainer.model is not None and trainer.model.training
+    if num_items is None and trainer.compute_loss_func is not None and training:
         divisor = divisor * trainer.current_gradient_accumulation_steps  # the trainer leaves it to the function
     if num_items is not None and trainer.args.average_tokens_across_devices:
         # num_items counts the tokens of all processes, whose gradients are averaged.
