@@ -12,8 +12,8 @@ of A is seen again; it can help because contexts are shared: after "The", the re
 of A, with B 7.7 % higher in the end; against plain SFT that is stopped where its B is the same it prevents 55 +- 3 %.
 With 0.2: 52 +- 1 %, B 5.1 +- 0.7 % higher, and 49 +- 4 % at the same B. The reverse KL does less, with 0.3 46 +- 4 %, B
 17 % higher, 27 +- 5 % at the same B: it only forbids what the reference would not say, while the forward one holds on
-to all that it would. Trained twice as long (--steps 160) plain SFT overfits, B 0.612 and A 1.320; with the forward KL and
-0.3 B is 1.2 +- 0.9 % higher than that, and 63 +- 2 % of A's loss is prevented. recipes/sft_anchor_curves.png: all runs.
+to all that it would. Trained twice as long (--steps 160) plain SFT overfits, B 0.612 and A 1.320; with the forward KL
+and 0.3 B is 1.2 +- 0.9 % higher, and 63 +- 2 % of A's loss is prevented. recipes/sft_anchor_curves.png: all runs.
 """
 
 import copy
