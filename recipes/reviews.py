@@ -45,6 +45,7 @@ class Settings:
     reference: dict
     reward_model: dict
     grammar: dict
+    smoke: bool = False  # a few reviews, two steps of training: does it run?
 
 
 class Piece(NamedTuple):
@@ -247,4 +248,8 @@ def ensure_world(cache_dir: Path | None = None, config: Path = CONFIG) -> Path:
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else [*sys.argv[1:], "--config", str(CONFIG)]
     (settings,) = TrlParser(Settings).parse_args_and_config(arguments)  # pyright: ignore[reportArgumentType]
+    if settings.smoke:
+        settings.sizes = {"train": 300, "held_out": 200, "train_prompts": 40, "test_prompts": 10}
+        for model in (settings.reference, settings.reward_model):
+            model["training"]["max_steps"] = 2
     build_world(settings)

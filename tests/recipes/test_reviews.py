@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.processes import environment
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -159,3 +160,10 @@ def test_other_settings_are_another_world_and_ranks_are_not_passed_on(tmp_path, 
     left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"} & set(seen[0])
     assert left == set()
     assert seen[0]["PATH"] == os.environ["PATH"]
+
+
+def test_smoke(tmp_path):
+    command = [sys.executable, reviews.__file__, "--smoke", "true", "--output_dir", str(tmp_path / "world")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "world" / "reference" / "config.json").exists()
