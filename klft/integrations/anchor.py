@@ -48,7 +48,8 @@ class KLAnchorMixin(_Base):
         penalty: a KLPenalty; or, where the trainer itself makes the policy (from a name, with a peft_config), a
             function of the policy that gives one: `lambda model: KLPenalty(AdapterReference(model), ...)`.
             In a trainer of labelled texts estimator="exact", placement="loss". In GRPOTrainer every other as well: what
-            belongs in the reward goes into per-token advantages, once per rollout, before its first update.
+            belongs in the reward goes into per-token advantages, once per rollout, before its first update. k2 and k3
+            in the loss are weighted by each token's own importance ratio, whatever importance_sampling_level says.
         measure_every: write the tokens of every so many optimizer steps to output_dir/kl, and a page in the end;
             0: never. With a coefficient of 0 the KL is measured in those steps alone (0: in all).
         self_test: check policy, reference and optimizer on three short rows before the first step.
@@ -78,7 +79,7 @@ class KLAnchorMixin(_Base):
         for side in (sides := PolicySide.of(self.penalty, self.args)):
             side.reference.to(self.args.device)
         self._anchor = _Anchor(self, self.penalty, sides, measure_every)
-        self._anchor.tested = not self_test
+        self._anchor.tested = set() if self_test else {True, False}
         self.add_callback(PenaltyState(self.penalty, "KLAnchor"))
         self.add_callback(AnchorCallback(self._anchor))
 
@@ -120,7 +121,7 @@ class _Anchor:
         self.whole = Measurements()  # of the training steps before a log
         # Of the optimizer step so far: nats, sequences, tokens, tokens that nothing predicts.
         self.window = torch.zeros(4, dtype=torch.float64)
-        self.tested = False
+        self.tested: set[bool] = set()  # whether before training, and before an evaluation
         self.tables: TokenTables | None = None
 
     @property
@@ -142,10 +143,11 @@ class _Anchor:
         return args.logging_strategy != "no" and (state.global_step + 1) % steps == 0
 
     def test_once(self, model: nn.Module) -> None:
-        """Before the first training step."""
-        if not self.tested and self.trainer.model.training:
+        """Before the first training step, and before an evaluation that comes first."""
+        training = self.trainer.model.training
+        if training not in self.tested:
             run_self_test(self.trainer, model, self.sides)
-            self.tested = True
+            self.tested |= {False, training}
 
     def batch(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
         """The tokens that count."""

@@ -381,3 +381,13 @@ def test_what_the_loss_does_not_need_is_measured_before_a_log(tmp_path):
     for key in ("kl/reverse/mean", "entropy/policy/mean", "entropy/reference/mean"):
         assert log[key] == pytest.approx(each[-1][key], rel=1e-5)
     assert set(log) == set(each[0])
+
+
+def test_an_evaluation_that_comes_first_is_tested_too(tmp_path):
+    """A reference with fewer ids than the tokenizer has."""
+    trainer = AnchoredSFT(
+        policy(), args=sft_config(tmp_path), train_dataset=texts(), eval_dataset=texts(12),
+        processing_class=tiny.tokenizer(), penalty=exact(reference=FrozenReference(tiny.llama(5, vocab_size=28))),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"before the first step: .*vocabulary"):
+        trainer.evaluate()
