@@ -340,7 +340,7 @@ def test_an_adapter_that_a_trainer_makes_has_its_base_as_the_reference(tmp_path)
     assert first < 1e-9 < last
 
 
-@pytest.mark.parametrize("restores", [False, True])
+@pytest.mark.parametrize("restores", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_the_whole_one(tmp_path, restores):
     """An interrupted run, its checkpoint moved elsewhere: weights and coefficient of the run that was not."""
 

@@ -24,11 +24,17 @@ MORE = {  # what else the normalisers read
     "temperature": {"loss_type": "grpo", "temperature": 0.7},
     "mean over the maximum": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 1, "max_completion_length": 9},
 }
-SETTINGS = {f"{name}-2": {"loss_type": name, "num_iterations": 2} for name in TYPES} | MORE
-SLOW = {f"{name}-1": pytest.param({"loss_type": name}, marks=pytest.mark.slow) for name in TYPES}
+SETTINGS = {f"{name}-{n}": {"loss_type": name, "num_iterations": n} for name in TYPES for n in (1, 2)} | MORE
+QUICK = ("dapo-2", "grpo-1", "luspo-2", "a generation batch of two steps")
 
 
-@pytest.mark.parametrize("settings", [*SETTINGS.values(), *SLOW.values()], ids=[*SETTINGS, *SLOW])
+def slow_but(quick, values):
+    """All values, those whose name is not among the quick ones marked slow."""
+    named = values.items() if isinstance(values, dict) else [(value, value) for value in values]
+    return [pytest.param(v, id=str(n), marks=[] if n in quick else [pytest.mark.slow]) for n, v in named]
+
+
+@pytest.mark.parametrize("settings", slow_but(QUICK, SETTINGS))
 def test_k3_in_the_loss_is_the_beta_of_trl(tmp_path, settings, reference_folder):
     theirs = trained_grpo(GRPOTrainer, grpo_config(tmp_path, beta=COEF, **settings), reference_folder)
     ours = trained_grpo(AnchoredGRPO, grpo_config(tmp_path, **settings), penalty=k3_in_the_loss())
@@ -52,7 +58,7 @@ class PerToken(GRPOTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo", "vespo", "luspo"])
+@pytest.mark.parametrize("loss_type", slow_but(("dapo",), ["dapo", "grpo", "cispo", "sapo", "vespo", "luspo"]))
 def test_advantages_per_token_are_the_same_to_the_bit(tmp_path, loss_type):
     args = grpo_config(tmp_path, loss_type=loss_type, num_iterations=2, learning_rate=0.5)
     by_sequence, by_token = trained_grpo(GRPOTrainer, args), trained_grpo(PerToken, args)
@@ -94,7 +100,7 @@ class DenseCharges(GRPOTrainer):
         return loss
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("iterations", slow_but((2,), [1, 2]))
 @pytest.mark.parametrize("estimator", ["exact", "k1"])
 def test_a_penalty_in_the_reward_equals_a_dense_oracle(tmp_path, estimator, iterations):
     args = grpo_config(tmp_path, loss_type="grpo", num_iterations=iterations)

@@ -35,7 +35,10 @@ def test_a_mixture_of_one_reference_twice_is_their_sum(tmp_path):
         assert a["kl/nonfinite/count"] == 0
 
 
-@pytest.mark.parametrize(("estimator", "placement"), [("k3", "loss"), ("k1", "reward"), ("exact", "both")])
+@pytest.mark.parametrize(("estimator", "placement"), [
+    pytest.param("k3", "loss", marks=pytest.mark.slow), pytest.param("k1", "reward", marks=pytest.mark.slow),
+    ("exact", "both"),
+])  # fmt: skip
 def test_a_mixture_in_grpo_is_the_sum(tmp_path, estimator, placement):
     args = grpo_config(tmp_path, learning_rate=0.02)
     runs = [

@@ -25,11 +25,11 @@ from klft.integrations import KLAnchorMixin
 
 @pytest.mark.parametrize("direction", ["forward", pytest.param("reverse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [
-    {"gradient_accumulation_steps": 1},
+    pytest.param({"gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
     {"gradient_accumulation_steps": 2},
     {"gradient_accumulation_steps": 2, "packing": True, "max_length": 24, "per_device_train_batch_size": 2},
-    {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-    {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False},
+    pytest.param({"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    pytest.param({"gradient_accumulation_steps": 2, "average_tokens_across_devices": False}, marks=pytest.mark.slow),
 ], ids=["1", "2", "packed", "checkpointing", "not across devices"])  # fmt: skip
 def test_sft_equals_a_dense_oracle(tmp_path, direction, settings):
     args = sft_config(tmp_path, **settings)

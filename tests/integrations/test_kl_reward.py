@@ -63,7 +63,7 @@ def conversations(prompts):
     return prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
 
 
-SLOW = ("two generations, hot, accumulated", "normalised", "two rollouts of two steps", "adamw")
+SLOW = set(CASES) - {"plain", "four generations, cool", "adapter"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])

@@ -33,7 +33,7 @@ def logged(run):
     ]
 
 
-@pytest.mark.parametrize("restoring", [False, True])
+@pytest.mark.parametrize("restoring", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resumed_run_is_the_whole_one_wherever_its_checkpoint_lies(restoring, path, tmp_path):
     changed = {"restore_callback_states_from_checkpoint": restoring}
     whole, whole_kl = start(tmp_path / "whole", path, 4)
