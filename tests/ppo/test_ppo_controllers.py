@@ -20,7 +20,6 @@ CONTROLLERS = {
     "scheduled_cosine": ({"kl_coef_end": 0.05, "kl_horizon": 20}, lambda: ScheduledKL(COEF, 0.05, 20, "cosine")),
 }
 FORMS = [("k1", "reward"), ("k3", "loss"), ("exact", "loss"), ("k3", "both"), ("exact", "both")]
-every_controller = pytest.mark.parametrize("name", CONTROLLERS)
 
 
 def make(folder, name, form, **changed):
@@ -33,8 +32,15 @@ def make(folder, name, form, **changed):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-@every_controller
+QUICK = [(name, form) for name in CONTROLLERS for form in FORMS if form == FORMS[0] or name == "adaptive"]
+PAIRS = [
+    pytest.param(name, form, id="-".join((name, *form)), marks=[] if (name, form) in QUICK else [pytest.mark.slow])
+    for name in CONTROLLERS
+    for form in FORMS
+]
+
+
+@pytest.mark.parametrize(("name", "form"), PAIRS)
 def test_the_coefficient_in_use_is_the_controllers_and_changes_between_rollouts_only(name, form, tmp_path, monkeypatch):
     """8 completions to a rollout, 4 steps on each: what every loss and reward was taken with, against the controller
     run by hand on the logged nats per sequence."""
