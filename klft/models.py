@@ -3,6 +3,7 @@
 Models are recognised by what they have (duck typing); transformers and peft are imported inside functions only.
 """
 
+import hashlib
 import inspect
 import logging
 import re
@@ -46,6 +47,12 @@ def base_of(model: nn.Module) -> Any:
     """The transformers model inside wrappers and PEFT, or the model itself."""
     model = unwrap(model)
     return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's name or path, else its class."""
+    base = base_of(model)
+    return base.config._name_or_path or type(base).__name__
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
@@ -352,6 +359,12 @@ def check_no_shared_storage(
                 f"the {role} shares the {trained_role}'s memory (parameter {name!r}), so training the {trained_role} "
                 f"would change the {role}. Load it a second time, or copy it with copy.deepcopy(model)."
             )
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """16 hex digits that differ when any id stands for another piece."""
+    pieces = sorted((token_id, piece) for piece, token_id in tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(pieces).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def check_tokenizers(tokenizer: "PreTrainedTokenizerBase", ref_tokenizer: "PreTrainedTokenizerBase") -> None:

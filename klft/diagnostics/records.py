@@ -21,7 +21,8 @@ from torch import Tensor
 
 from klft._version import __version__
 from klft.diagnostics.stats import SEQUENCE, Statistics, scalars
-from klft.diagnostics.vocabulary import token_classes, token_texts, tokenizer_hash
+from klft.diagnostics.vocabulary import token_classes, token_texts
+from klft.models import tokenizer_hash
 from klft.scores import TokenScores
 from klft.writing import atomic_write
 

@@ -1,15 +1,16 @@
-"""Texts and classes of single token ids, and a hash of a whole vocabulary.
+"""Texts and classes of single token ids.
 
 A tokenizer's own decode is no help here: it loses the leading space of a first token and shows bytes that are no text
 by themselves as U+FFFD. Pieces are read instead: byte-level BPE's alphabet, SentencePiece's spaces and bytes, and
 plain words. Nothing depends on neighbouring tokens.
 """
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from klft.models import tokenizer_hash as tokenizer_hash  # it was here once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,12 +45,6 @@ def token_classes(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> l
     is every other piece with a letter in it; "punctuation" includes symbols and emoji; "other" is mostly bytes.
     """
     return [kind for _, kind in _described(tokenizer, ids)]
-
-
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """16 hex digits that differ when any id stands for another piece."""
-    pieces = sorted((token_id, piece) for piece, token_id in tokenizer.get_vocab().items())
-    return hashlib.sha256(repr(pieces).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def _described(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> list[tuple[str, str]]:

@@ -1,27 +1,16 @@
 """Token-level KL of the rollouts, as tables and a page (`kl_log_tokens`)."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from klft.diagnostics import TokenKLLog, write_report
+from klft.diagnostics.tables import TrainerTables
 from klft.generation import Completions
-from klft.models import base_of
 from klft.penalty import TokenKL
 from klft.scores import TokenScores
 
 
-class TokenTables:
-    """Every n-th rollout's tokens in `output_dir/kl`, prompts included, and at the end `output_dir/kl/report.html`."""
-
-    top_k = 5  # of what either model would rather have said
-
-    def __init__(self, trainer: Any, output_dir: Path):
-        self.accelerator, self.args, self.output_dir = trainer.accelerator, trainer.args, output_dir
-        names = {"model": _name_of(trainer.model), "reference": trainer.penalty.reference.name}
-        self.log = TokenKLLog(output_dir, trainer.processing_class, temperature=self.args.temperature, **names)
+class TokenTables(TrainerTables):
+    """Every n-th rollout's tokens, prompts included."""
 
     def due(self, step: int) -> bool:
         """Whether the rollout made at this optimizer step is to be kept."""
@@ -44,16 +33,3 @@ class TokenTables:
             rewards=widened(rewards), advantages=widened(advantages),
             weights=None if kl.weight is None else widened(kl.weight),
         )  # fmt: skip
-
-    def close(self) -> None:
-        """Write what is pending; the main process makes the page of what all have written."""
-        self.log.close()
-        self.accelerator.wait_for_everyone()
-        folder = self.output_dir / "kl"
-        if self.accelerator.is_main_process and any(folder.glob("*.parquet")):
-            write_report(self.output_dir, folder / "report.html")
-
-
-def _name_of(model: Any) -> str:
-    base = base_of(model)
-    return base.config.name_or_path or type(base).__name__

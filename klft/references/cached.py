@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klft.heads import LMHead
+from klft.models import tokenizer_hash
 from klft.references.protocol import Reference
 from klft.writing import atomic_write, check_unused
 
@@ -37,10 +38,6 @@ def _hash(value: bytes) -> str:
 
 def _text_hash(ids: Int[Tensor, "n"]) -> str:
     return _hash(ids.long().numpy().tobytes())
-
-
-def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase | None") -> str | None:
-    return None if tokenizer is None else _hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
 class CachedReference(Reference):
@@ -68,7 +65,7 @@ class CachedReference(Reference):
             found = (self.path / name).stat().st_size if (self.path / name).is_file() else 0
             if found != size:
                 raise ValueError(f"CachedReference: {self.path / name} has {found} bytes instead of {size}")
-        if tokenizer is not None and _tokenizer_hash(tokenizer) != self._index["tokenizer"]:
+        if tokenizer is not None and tokenizer_hash(tokenizer) != self._index["tokenizer"]:
             raise ValueError(f"CachedReference: {self.path} was written with another tokenizer, or with none")
         self._head = LMHead(**load_file(self.path / "head.safetensors"), **self._index["head"])
         shards = [safe_open(self.path / name, "pt") for name in self._index["files"] if name.startswith("hidden")]
@@ -110,7 +107,8 @@ class CachedReference(Reference):
         tensors = {name: getattr(head, name) for name in ("weight", "bias") if getattr(head, name) is not None}
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "head.safetensors")
         index = {
-            "name": reference.name, "max_positions": reference.max_positions, "tokenizer": _tokenizer_hash(tokenizer),
+            "name": reference.name, "max_positions": reference.max_positions,
+            "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
             "head": {"scale": head.scale, "softcap": head.softcap},
             "files": {name: (folder / name).stat().st_size for name in [*names, "head.safetensors"]},
         }  # fmt: skip

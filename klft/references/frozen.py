@@ -22,6 +22,7 @@ from klft.models import (
     device_of,
     hidden_states,
     max_positions,
+    model_name,
     require_causal_lm,
     vocab_size,
 )
@@ -43,8 +44,7 @@ class ModelReference:
     @property
     def name(self) -> str:
         """The model's name or path, else its class."""
-        base = base_of(self.model)
-        return base.config._name_or_path or type(base).__name__
+        return model_name(self.model)
 
     @property
     def vocab_size(self) -> int:
