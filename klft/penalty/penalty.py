@@ -29,7 +29,7 @@ from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
 from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement, warn_of
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
-from klft.references import Reference, resolve_reference, warn_if_one_model
+from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, score_logits
 from klft.shaping import shape_rewards
 from klft.sharding import all_reduce_sum
@@ -129,7 +129,7 @@ class KLPenalty:
         real = attention_mask.to(mask.device) != 0
         mask = as_mask(mask) & real & real.roll(1, 1) & (torch.arange(mask.shape[1], device=mask.device) > 0)
         found, one_sided = [], set()
-        for weight, reference in getattr(self.reference, "parts", [(1.0, self.reference)]):
+        for weight, reference in parts_of(self.reference):
             score = getattr(reference, "score", None)
             if score is None:
                 scores, ids = self._compare(reference, logits, input_ids, attention_mask, mask, temperature)

@@ -5,7 +5,7 @@ from klft.references.cached import CachedReference
 from klft.references.ema import EMAReference
 from klft.references.frozen import FrozenReference, warn_if_one_model
 from klft.references.mixture import MixtureReference
-from klft.references.protocol import Reference, resolve_reference
+from klft.references.protocol import Reference, parts_of, resolve_reference
 from klft.references.top_k import TopKReference
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MixtureReference",
     "Reference",
     "TopKReference",
+    "parts_of",
     "resolve_reference",
     "warn_if_one_model",
     "why_base_moves",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from klft.references.protocol import Reference, resolve_reference
+from klft.references.protocol import Reference, parts_of, resolve_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ class MixtureReference(Reference):
             if not 0 < weight < math.inf:
                 raise ValueError(f"MixtureReference: weights must be finite numbers above 0, got {weight}")
             reference = resolve_reference(given)
-            self.parts += [(weight * w, each) for w, each in getattr(reference, "parts", [(1.0, reference)])]
+            self.parts += [(weight * w, each) for w, each in parts_of(reference)]
         if not self.parts:
             raise ValueError("MixtureReference: there is no part: give at least one (weight, reference)")
 

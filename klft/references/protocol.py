@@ -81,6 +81,11 @@ class Reference(Protocol):
         """Continue from `state_dict()`."""
 
 
+def parts_of(reference: Reference) -> list[tuple[float, Reference]]:
+    """(weight, reference) of a mixture's parts; of any other reference, itself with weight 1."""
+    return getattr(reference, "parts", [(1.0, reference)])
+
+
 def resolve_reference(reference: "Reference | PreTrainedModel | None", policy: nn.Module | None = None) -> Reference:
     """A reference from a Reference, a model (which is frozen), or None: the policy with its PEFT adapter off.
 
