@@ -9,7 +9,7 @@ leaves weights, modes and gradients as they were. PPOTrainer runs them before it
 command line. Over processes all call together.
 """
 
-from klft.checks.run import check_setup, run_checks
+from klft.checks.run import check_setup, raise_problems, run_checks
 from klft.checks.setup import Check, Rollout, Setup
 
-__all__ = ["Check", "Rollout", "Setup", "check_setup", "run_checks"]
+__all__ = ["Check", "Rollout", "Setup", "check_setup", "raise_problems", "run_checks"]

@@ -48,6 +48,17 @@ def _run(name: str, check: Callable[[], Check], setup: Setup) -> Check:
         reshard(setup.policy)  # a check's own forward may have gathered weights
 
 
+def raise_problems(checks: list[Check], where: str) -> None:
+    """Raise RuntimeError with what is wrong, each cause once, by the first check that found it."""
+    causes: dict[str, str] = {}
+    for check in checks:
+        if check.status == "problem":
+            causes.setdefault(check.text, check.name)
+    if causes:
+        text = "; ".join(f"{name}: {cause}" for cause, name in causes.items())
+        raise RuntimeError(f"{where}: {text}. (self_test=False leaves it out)")
+
+
 def check_setup(
     policy: nn.Module,
     reference: Reference,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from klft.checks import Check, Rollout, Setup, run_checks
+from klft.checks import Rollout, Setup, raise_problems, run_checks
 from klft.generation import sampled_logps
 from klft.models import quiet, unwrap
 from klft.ppo.collector import RolloutCollector
@@ -35,7 +35,7 @@ def run_self_test(collector: RolloutCollector, model: nn.Module, optimizer: Any,
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices), accelerator.autocast():
         checks = run_checks(setup, on_all_ranks(accelerator, lambda: _rollout(collector, setup)))
-    on_all_ranks(accelerator, lambda: _raise_problems(checks))
+    on_all_ranks(accelerator, lambda: raise_problems(checks, "self-test before the first step"))
     seconds = time.perf_counter() - start
     for check in checks:
         logger.log(logging.WARNING if check.status == "note" else logging.DEBUG, f"{check.name}: {check.text}")
@@ -60,9 +60,3 @@ def _rollout(collector: RolloutCollector, setup: Setup) -> Rollout:
         torch.cat([nothing, counted], 1),
         torch.cat([none, logp], 1) if whole else None,  # else what is sampled differs from what is scored, as asked
     )
-
-
-def _raise_problems(checks: list[Check]) -> None:
-    wrong = [f"{check.name}: {check.text}" for check in checks if check.status == "problem"]
-    if wrong:
-        raise RuntimeError(f"self-test before the first step: {'; '.join(wrong)}. (self_test=False leaves it out)")
