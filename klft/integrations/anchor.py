@@ -22,11 +22,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from klft.integrations.backbone import BackboneCalls
 from klft.integrations.batch import Batch, completion_batch, labelled_batch
 from klft.integrations.checks import as_penalty, check_anchor, check_order, run_self_test, trains_completions
-from klft.integrations.measure import Measured, Measurements, PolicySide, loss_scores, measure
+from klft.integrations.measure import Measurements, PenaltyPart, loss_scores, measure
 from klft.integrations.state import PenaltyState
 from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
-from klft.penalty import KLPenalty
+from klft.penalty import KLPenalty, TokenKL
 from klft.writing import KL_FILES, check_unused
 
 if TYPE_CHECKING:
@@ -76,10 +76,8 @@ class KLAnchorMixin(_Base):
         assert self.model is not None
         self.penalty = as_penalty(penalty, self.model)
         check_anchor(self, self.penalty, measure_every)
-        for side in (sides := PolicySide.of(self.penalty, self.args)):
-            side.reference.to(self.args.device)
-        self._anchor = _Anchor(self, self.penalty, sides, measure_every)
-        self._anchor.tested = set() if self_test else {True, False}
+        self.penalty.reference.to(self.args.device)
+        self._anchor = _Anchor(self, self.penalty, measure_every, self_test)
         self.add_callback(PenaltyState(self.penalty, "KLAnchor"))
         self.add_callback(AnchorCallback(self._anchor))
 
@@ -114,14 +112,16 @@ class KLAnchorMixin(_Base):
 class _Anchor:
     """The penalty at work in a trainer: which tokens, their KL, the window of an optimizer step, what to log."""
 
-    def __init__(self, trainer: Any, penalty: KLPenalty, sides: list[PolicySide], measure_every: int):
-        self.trainer, self.penalty, self.sides, self.measure_every = trainer, penalty, sides, measure_every
+    def __init__(self, trainer: Any, penalty: KLPenalty, measure_every: int, self_test: bool):
+        self.trainer, self.penalty, self.measure_every = trainer, penalty, measure_every
+        self.parts = PenaltyPart.of(penalty, trainer.args)
         self.completions = trains_completions(trainer)
         self.train, self.evaluation = Measurements(), Measurements()
-        self.whole = Measurements()  # of the training steps before a log
+        self.before_log = Measurements()  # all scores, of the training steps before a log
         # Of the optimizer step so far: nats, sequences, tokens, tokens that nothing predicts.
         self.window = torch.zeros(4, dtype=torch.float64)
-        self.tested: set[bool] = set()  # whether before training, and before an evaluation
+        # The self-test is due once before training (True), and before an evaluation that comes first (False).
+        self.tests_due = {True, False} if self_test else set[bool]()
         self.tables: TokenTables | None = None
 
     @property
@@ -134,8 +134,8 @@ class _Anchor:
         return not self.measure_every or self.trainer.state.global_step % self.measure_every == 0
 
     @property
-    def _is_whole(self) -> bool:
-        """Whether all of a batch's scores are wanted: in the last step before a log, and wherever there is no loss."""
+    def _wants_all_scores(self) -> bool:
+        """In the last step before a log, and wherever there is no loss."""
         args, state = self.trainer.args, self.trainer.state
         if not self.penalty.coef or not self.trainer.model.training:
             return True
@@ -145,42 +145,42 @@ class _Anchor:
     def test_once(self, model: nn.Module) -> None:
         """Before the first training step, and before an evaluation that comes first."""
         training = self.trainer.model.training
-        if training not in self.tested:
-            run_self_test(self.trainer, model, self.sides)
-            self.tested |= {False, training}
+        if training in self.tests_due:
+            run_self_test(self.trainer, model, self.parts)
+            self.tests_due -= {False, training}
 
     def batch(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
         """The tokens that count."""
-        return (
-            completion_batch(self.trainer, inputs)
-            if self.completions
-            else (labelled_batch(self.trainer, inputs, num_items))
-        )
+        if self.completions:
+            return completion_batch(self.trainer, inputs)
+        return labelled_batch(self.trainer, inputs, num_items)
 
     def measure(
         self, model: nn.Module, calls: BackboneCalls, batch: Batch, num_items: Tensor | int | None
     ) -> Tensor | None:
         """coef * KL in the trainer's own normalisation, or None where nothing belongs in the loss."""
-        training = self.trainer.model.training
+        training, all_scores = self.trainer.model.training, self._wants_all_scores
         tables = self.tables if training and self._nth_step else None
+        top_k = 0 if tables is None else tables.top_k
         with self.trainer.accelerator.autocast():
-            top_k = 0 if tables is None else tables.top_k
-            measured = measure(self.penalty, self.sides, model, calls.only(), batch, whole=self._is_whole, top_k=top_k)
+            measured = measure(
+                self.penalty, self.parts, model, calls.only(), batch, all_scores=all_scores, top_k=top_k
+            )  # fmt: skip
+        kl = measured.kl
         if tables is not None:
-            weight = None if measured.kl.weight is None else measured.kl.weight[measured.kl.mask]
+            weight = None if kl.weight is None else kl.weight[kl.mask]
             tables.add(self.trainer.state.global_step + 1, batch, measured.scores, weight)
         if training:
-            self.train.add(measured, loss_scores(self.penalty))
-        if not training or self._is_whole:
-            (self.whole if training else self.evaluation).add(measured)
-        if training:
-            self._close_window(measured, num_items, batch.unpredicted)
+            self.train.add(kl, loss_scores(self.penalty))
+            self._close_window(kl, num_items, batch.unpredicted)
+        if all_scores:
+            (self.before_log if training else self.evaluation).add(kl)
         return measured.loss
 
-    def _close_window(self, measured: Measured, num_items: Tensor | int | None, unpredicted: int) -> None:
+    def _close_window(self, kl: TokenKL, num_items: Tensor | int | None, unpredicted: int) -> None:
         """Once per optimizer step: show the controller all its sequences, and compare the count with the trainer's."""
-        nats, episodes = self.penalty.sequence_kl(measured.kl)
-        own = [nats * episodes, episodes, len(measured.token_ids), unpredicted]
+        nats, episodes = self.penalty.sequence_kl(kl)
+        own = [nats * episodes, episodes, int(kl.mask.sum()), unpredicted]
         self.window += torch.tensor(own, dtype=torch.float64)
         accelerator = self.trainer.accelerator
         if not accelerator.sync_gradients:
@@ -212,7 +212,7 @@ class _Anchor:
         forward = {"input_ids": batch.token_ids, "attention_mask": batch.real.long(), "use_cache": False}
         with evaluating(model), BackboneCalls(model) as calls, self.trainer.accelerator.autocast():
             base_of(model).base_model(**forward)
-            kl = measure(self.penalty, self.sides, model, calls.only(), batch, with_loss=False).kl
+            kl = measure(self.penalty, self.parts, model, calls.only(), batch, with_loss=False).kl
         to_go = self.penalty.reward_kl(kl).flip(1).cumsum(1).flip(1)
         charged = scatter_masked(to_go[kl.mask], batch.counted)[:, inputs["prompt_ids"].shape[1] :]
         advantages = inputs["advantages"]
@@ -228,7 +228,7 @@ class _Anchor:
         prefixes = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
         metrics: dict[str, float] = {}
         if prefixes or "loss" in logs:
-            for measurements in [self.evaluation] if prefixes else [self.whole, self.train]:
+            for measurements in [self.evaluation] if prefixes else [self.before_log, self.train]:
                 metrics |= measurements.take(self.trainer.accelerator, sampled=self.completions)
         if metrics:
             metrics["kl/coef"] = self.penalty.coef
@@ -252,7 +252,7 @@ class AnchorCallback(TrainerCallback):
             folder = Path(args.output_dir or ".")
             if not state.global_step:
                 check_unused(folder, KL_FILES, "Resume it, remove them, or name another output_dir.")
-            anchor.tables = TokenTables(anchor.trainer)
+            anchor.tables = TokenTables(anchor.trainer, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -1,7 +1,7 @@
 """The tokens of a trainer's batch that count, and what their KL is divided by in that trainer's loss.
 
-The normalisers are those of transformers >= 5.19 and TRL >= 1.16 (measured: TRAINERS in the tests, beta of GRPOTrainer
-against the same KL added from outside, and SFT against a dense oracle).
+The normalisers are those of transformers >= 5.19 and TRL >= 1.16. Tests hold them to GRPOTrainer's own beta, and to a
+dense KL added to SFT.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,6 @@ class Batch:
     sequence: Int[Tensor, "B T"]  # number of the sequence a token belongs to, ascending
     divisor: Float[Tensor, "B T"]  # a token's KL enters the loss over this
     behaviour_logp: Float[Tensor, "B T"] | None = None  # of the policy that sampled, where that was an earlier one
-    temperature: float = 1.0
     sampled: bool = False  # the policy sampled the tokens that count
     unpredicted: int = 0  # labels of first tokens, which some models' trainers count
 
@@ -41,6 +40,16 @@ class Batch:
     def pick(self, values: Tensor) -> Tensor:
         """[B, T] -> [N], of the counted tokens."""
         return values.expand(self.counted.shape)[self.counted]
+
+
+def rows_of(numbers: Int[Tensor, "N"]) -> Bool[Tensor, "S L"]:
+    """A row for each sequence, True on its tokens, from its start: scatter_masked(t, rows) puts [N] into [S, L].
+
+    numbers: of the sequence that each token belongs to, 0 ... S-1, ascending.
+    """
+    lengths = torch.bincount(numbers)
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device=numbers.device) < lengths[:, None]
 
 
 def labelled_batch(trainer: "Trainer", inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Batch:
@@ -113,7 +122,6 @@ def completion_batch(trainer: Any, inputs: Mapping[str, Any]) -> Batch:
         torch.arange(len(prompts), device=prompts.device)[:, None].expand(-1, start + completions.shape[1]),
         widened(divisor.float().expand(mask.shape), fill=1),
         None if behaviour is None else widened(behaviour),
-        trainer.args.temperature,
         sampled=True,
     )
 

@@ -5,22 +5,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klft.checks import Check, Setup, run_checks
+from klft.checks import Check, Setup, raise_problems, run_checks
 from klft.checks.setup import largest_kl, ok, problem
 from klft.integrations.backbone import versions
 from klft.models import base_of, evaluating, require_causal_lm, unwrap
 from klft.penalty import KLPenalty
+from klft.references import parts_of
 
 if TYPE_CHECKING:
-    from klft.integrations.measure import PolicySide
+    from klft.integrations.measure import PenaltyPart
 
 _KNOWN = ("Trainer", "SFTTrainer", "GRPOTrainer")
 
 
+def _is_upstream(cls: type) -> bool:
+    """Whether transformers or TRL define the class, with a compute_loss."""
+    return "compute_loss" in vars(cls) and cls.__module__.partition(".")[0] in ("transformers", "trl")
+
+
 def _owner(trainer: Any) -> type:
     """The class of transformers or TRL whose compute_loss is at work, below the mixin and the user's own classes."""
-    defining = [cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls)]
-    return next(cls for cls in defining if cls.__module__.partition(".")[0] in ("transformers", "trl"))
+    return next(filter(_is_upstream, type(trainer).__mro__))
 
 
 def trains_completions(trainer: Any) -> bool:
@@ -45,7 +50,7 @@ def check_order(cls: type) -> None:
     """Raise TypeError for a class in which the trainer stands before the mixin, which then has no part in it."""
     before = cls.__mro__[: next(i for i, each in enumerate(cls.__mro__) if each.__name__ == "KLAnchorMixin")]
     for each in before:
-        if "compute_loss" in vars(each) and each.__module__.partition(".")[0] in ("transformers", "trl"):
+        if _is_upstream(each):
             raise TypeError(
                 f"KLAnchorMixin must stand before {each.__name__}: class {cls.__name__}(KLAnchorMixin, {each.__name__})"
             )
@@ -115,7 +120,7 @@ def _check_model(model: nn.Module, penalty: KLPenalty) -> None:
             f"KLAnchorMixin: adapter {learnt[0]!r} learns a prompt, whose virtual tokens shift every position against "
             "the reference's: use an adapter of weights, as LoRA is"
         )
-    for reference in [part for _, part in getattr(penalty.reference, "parts", [(1.0, penalty.reference)])]:
+    for _, reference in parts_of(penalty.reference):
         reference.check_independent(model)
         if hasattr(reference, "score") or not hasattr(reference, "hidden_of"):
             raise TypeError(
@@ -127,7 +132,7 @@ def _check_model(model: nn.Module, penalty: KLPenalty) -> None:
 # ---- before the first step -------------------------------------------------------------------------------------------
 
 
-def run_self_test(trainer: Any, model: nn.Module, sides: list["PolicySide"]) -> None:
+def run_self_test(trainer: Any, model: nn.Module, parts: list["PenaltyPart"]) -> None:
     """klft.checks on the policy and each reference, and whether their backbones give what their heads read.
 
     Draws no random number of the run's; leaves weights, modes and gradients as they were. Raises RuntimeError, naming
@@ -136,24 +141,20 @@ def run_self_test(trainer: Any, model: nn.Module, sides: list["PolicySide"]) -> 
     policy, accelerator = unwrap(model), trainer.accelerator
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    wrong: dict[str, str] = {}
+    checks: list[Check] = []
     with torch.random.fork_rng(devices), accelerator.autocast():
-        for side in sides:
-            if hasattr(side.reference, "fixed_text"):
+        for part in parts:
+            if hasattr(part.reference, "fixed_text"):
                 continue  # it knows the training's texts alone
             setup = Setup(
-                policy, side.reference, tokenizer, optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
-                temperature=side.scorer.temperature, starts_equal=False, loss_mode=policy.eval,
+                policy, part.reference, tokenizer, optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+                temperature=part.scorer.temperature, starts_equal=False, loss_mode=policy.eval,
                 low_precision=True if accelerator.mixed_precision != "no" else None,
             )  # fmt: skip
-            checks = [*run_checks(setup), _check_backbone(setup, "policy"), _check_backbone(setup, "reference")]
-            wrong |= {check.name: check.text for check in checks if check.status == "problem"}
+            checks += [*run_checks(setup), _check_backbone(setup, "policy"), _check_backbone(setup, "reference")]
     if not trains_completions(trainer):  # texts are padded on the right
-        wrong = {name: text for name, text in wrong.items() if not name.endswith("padding")}
-    if wrong:
-        causes = {why: name for name, why in reversed(wrong.items())}  # each once, by the first check that found it
-        text = "; ".join(f"{name}: {why}" for why, name in reversed(causes.items()))
-        raise RuntimeError(f"KLAnchorMixin, before the first step: {text}. (self_test=False leaves it out)")
+        checks = [check for check in checks if not check.name.endswith("padding")]
+    raise_problems(checks, "KLAnchorMixin, before the first step")
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from klft.fused import fused_token_loss, token_scores
 from klft.integrations.backbone import BackboneCall, versions
-from klft.integrations.batch import Batch
+from klft.integrations.batch import Batch, rows_of
 from klft.masked import scatter_masked
 from klft.penalty import KLPenalty, TokenKL, mixed_scores
-from klft.references import Reference
+from klft.references import Reference, parts_of
 from klft.scores import TokenScores, flat_metrics
 from klft.scoring import Predictions, Scorer
 
@@ -32,7 +32,7 @@ def loss_scores(penalty: KLPenalty) -> tuple[str, ...]:
 
 
 @dataclass
-class PolicySide:
+class PenaltyPart:
     """One reference, its part in the penalty, and what compares the policy with it."""
 
     weight: float
@@ -41,23 +41,21 @@ class PolicySide:
     scorer: Scorer
 
     @staticmethod
-    def of(penalty: KLPenalty, args: "TrainingArguments") -> "list[PolicySide]":
+    def of(penalty: KLPenalty, args: "TrainingArguments") -> "list[PenaltyPart]":
         """A mixture's references, or the only one."""
         temperature = getattr(args, "temperature", 1.0)
-        sides = []
-        for weight, reference in getattr(penalty.reference, "parts", [(1.0, penalty.reference)]):
+        parts = []
+        for weight, reference in parts_of(penalty.reference):
             alone = copy.copy(penalty)  # the controller is the same
             alone.reference = reference
-            sides.append(PolicySide(weight, reference, alone, Scorer(reference, temperature=temperature)))
-        return sides
+            parts.append(PenaltyPart(weight, reference, alone, Scorer(reference, temperature=temperature)))
+        return parts
 
 
 @dataclass
 class Measured:
     """The KL of a batch: N counted tokens in S sequences of at most L of them."""
 
-    token_ids: Int[Tensor, "N"]
-    sequence: Int[Tensor, "N"]  # 0 ... S-1
     scores: TokenScores  # [N] each, and top lists [N, k] if they were asked for
     kl: TokenKL  # the same in rows, [S, L] each
     loss: Float[Tensor, ""] | None
@@ -65,19 +63,19 @@ class Measured:
 
 def measure(
     penalty: KLPenalty,
-    sides: list[PolicySide],
+    parts: list[PenaltyPart],
     model: nn.Module,
     call: BackboneCall,
     batch: Batch,
     *,
     with_loss: bool = True,
-    whole: bool = True,
+    all_scores: bool = True,
     top_k: int = 0,
 ) -> Measured:
     """The KL of the tokens that count, and coef * KL over their divisors where it belongs in the loss.
 
-    Not `whole`: scores are what the loss needs, log-probabilities and the KL of the penalty's direction, which takes
-    three quarters of the time. With `top_k` both models' likeliest tokens too, which takes a pass of its own.
+    Without `all_scores` those of loss_scores alone, which takes three quarters of the time. With `top_k` both models'
+    likeliest tokens too, which takes a pass of its own.
     Raises RuntimeError where the hidden states are not those of the batch's tokens.
     """
     if call.hidden.shape[:2] != batch.counted.shape:
@@ -87,36 +85,36 @@ def measure(
         )
     loss_wanted = with_loss and bool(penalty.coef) and penalty.placement != "reward"
     hidden = call.hidden if loss_wanted else call.hidden.detach()
-    head = sides[0].scorer.policy_head(model)
+    head = parts[0].scorer.policy_head(model)
     device, token_ids = head.weight.device, batch.pick(batch.token_ids)
     policy = Predictions(hidden[batch.predicts.to(hidden.device)].to(device), head)
     inputs = []
-    for side in sides:
-        ref_hidden, ref_head = side.reference.hidden_of(call.inputs)
+    for part in parts:
+        ref_hidden, ref_head = part.reference.hidden_of(call.inputs)
         reference = Predictions(ref_hidden[batch.predicts.to(ref_hidden.device)], ref_head).on(device)
-        inputs.append(side.scorer.fused_inputs(policy, reference, token_ids))
+        inputs.append(part.scorer.fused_inputs(policy, reference, token_ids))
     numbers = torch.unique_consecutive(batch.pick(batch.sequence), return_inverse=True)[1]
-    losses, weight, scores = (), None, None
+    losses, weight, scores, kl = (), None, None, None
     if top_k or not loss_wanted or penalty.token_rule is not None:
         with torch.no_grad():
             scores = [token_scores(**given, top_k=top_k) for given in inputs]
-        ruled = _in_rows(penalty, sides, scores, batch, numbers)
-        weight = None if ruled.weight is None else ruled.weight[ruled.mask]
+        kl = _in_rows(penalty, parts, scores, batch, numbers)
+        weight = None if kl.weight is None else kl.weight[kl.mask]
     if loss_wanted:
         pairs = [
-            _loss_and_scores(side.penalty, given, batch, weight, whole)
-            for side, given in zip(sides, inputs, strict=True)
+            _loss_and_scores(part.penalty, given, batch, weight, all_scores)
+            for part, given in zip(parts, inputs, strict=True)
         ]
         losses, each = zip(*pairs, strict=True)
         scores = scores or list(each)
     assert scores is not None
-    kl = _in_rows(penalty, sides, scores, batch, numbers)
-    loss = torch.stack([side.weight * t for side, t in zip(sides, losses, strict=True)]).sum() if losses else None
-    return Measured(token_ids, numbers, scores[0] if len(sides) == 1 else _flat(kl), kl, loss)
+    kl = _in_rows(penalty, parts, scores, batch, numbers) if kl is None else kl
+    loss = torch.stack([part.weight * t for part, t in zip(parts, losses, strict=True)]).sum() if losses else None
+    return Measured(scores[0] if len(parts) == 1 else _flat(kl), kl, loss)
 
 
 def _loss_and_scores(
-    penalty: KLPenalty, inputs: dict[str, Any], batch: Batch, weight: Float[Tensor, "N"] | None, whole: bool
+    penalty: KLPenalty, inputs: dict[str, Any], batch: Batch, weight: Float[Tensor, "N"] | None, all_scores: bool
 ) -> tuple[Tensor, TokenScores]:
     """(sum over tokens of coef * KL / divisor, differentiable; scores [N] of the same pass)."""
     n, device = len(inputs["token_ids"]), inputs["hidden"].device
@@ -125,7 +123,8 @@ def _loss_and_scores(
         given["behaviour_logp"] = batch.pick(batch.behaviour_logp).to(device)
     constants = {name: t for name, t in given.items() if t is not None}
     dtype = torch.float64 if inputs["hidden"].dtype == torch.float64 else torch.float32
-    kept = {name: torch.zeros(n, dtype=dtype, device=device) for name in (SCORES if whole else loss_scores(penalty))}
+    names = SCORES if all_scores else loss_scores(penalty)
+    kept = {name: torch.zeros(n, dtype=dtype, device=device) for name in names}
 
     def loss_of(scores: Any, *chunks: Tensor) -> Tensor:
         of_chunk = dict(zip(constants, chunks, strict=True))
@@ -138,20 +137,18 @@ def _loss_and_scores(
 
 
 def _in_rows(
-    penalty: KLPenalty, sides: list[PolicySide], scores: list[TokenScores], batch: Batch, numbers: Int[Tensor, "N"]
+    penalty: KLPenalty, parts: list[PenaltyPart], scores: list[TokenScores], batch: Batch, numbers: Int[Tensor, "N"]
 ) -> TokenKL:
     """[N] under each reference -> [S, L]: a sequence's counted tokens in one row, from its start."""
-    lengths = torch.bincount(numbers)
-    columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=numbers.device)
-    mask = columns < lengths[:, None]
+    mask = rows_of(numbers)
     rows = [
         TokenScores(**{name: scatter_masked(t, mask) for name, t in each.items() if name in SCORES}) for each in scores
     ]
-    parts = tuple((side.weight, each) for side, each in zip(sides, rows, strict=True)) if len(sides) > 1 else ()
+    mixed = tuple((part.weight, each) for part, each in zip(parts, rows, strict=True)) if len(parts) > 1 else ()
     behaviour = None if batch.behaviour_logp is None else scatter_masked(batch.pick(batch.behaviour_logp), mask)
     return penalty.measure_scores(
-        mixed_scores(parts) if parts else rows[0], mask, token_ids=scatter_masked(batch.pick(batch.token_ids), mask),
-        behaviour_logp=behaviour, parts=parts,
+        mixed_scores(mixed) if mixed else rows[0], mask, token_ids=scatter_masked(batch.pick(batch.token_ids), mask),
+        behaviour_logp=behaviour, parts=mixed,
     )  # fmt: skip
 
 
@@ -166,11 +163,10 @@ class Measurements:
     columns: dict[str, list[Float[Tensor, "N"]]] = field(default_factory=dict)
     next_sequence: int = 0
 
-    def add(self, measured: Measured, names: Sequence[str] = SCORES) -> None:
-        """Some scores of a batch's tokens, on the CPU."""
-        kl = measured.kl
+    def add(self, kl: TokenKL, names: Sequence[str] = SCORES) -> None:
+        """Some scores of a batch's tokens, on the CPU; sequences are the rows of kl."""
         flat = {name: t for name, t in _flat(kl).items() if name in names} | {"weight": kl.weights[kl.mask]}
-        flat["sequence"] = measured.sequence + self.next_sequence
+        flat["sequence"] = kl.mask.nonzero()[:, 0] + self.next_sequence
         self.next_sequence += len(kl.mask)
         for name, t in flat.items():
             self.columns.setdefault(name, []).append(t.double().cpu())

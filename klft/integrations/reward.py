@@ -19,12 +19,13 @@ from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer, is_conversational
 
 from klft.controllers import Controller, FixedKL, check_controller
+from klft.integrations.measure import Measurements
 from klft.integrations.state import PenaltyState
 from klft.models import check_positions, check_vocabularies, vocab_size
-from klft.penalty import KLPenalty, TokenKL, TokenRule
+from klft.penalty import KLPenalty, TokenRule
 from klft.prompts import pad, pad_id
 from klft.references import Reference, resolve_reference
-from klft.scores import TokenScores, flat_metrics
+from klft.scores import TokenScores
 from klft.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -124,8 +125,12 @@ class KLReward:
         coef = self.penalty.coef
         rewards = (-coef * self.penalty.token_kl(kl).sum(-1)).tolist()
         if log_metric is not None:
-            for name, value in (_metrics(self._trainer.accelerator, kl) | {"kl/coef": coef}).items():
-                log_metric(name, value)
+            measurements = Measurements()
+            measurements.add(kl)
+            metrics = measurements.take(self._trainer.accelerator, sampled=True) | {"kl/coef": coef}
+            for name, value in metrics.items():
+                if name.endswith(("/mean", "/coef")):  # what TRL may average over rollouts
+                    log_metric(name, value)
         if self._trainer.model.training:  # by this the trainer itself tells a training rollout from an evaluation's
             self.penalty.update(kl)
         return rewards
@@ -165,17 +170,6 @@ class KLReward:
                 for rows in zip(ids.split(size), attention.split(size), mask.split(size), strict=True)
             ]
         return TokenScores(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
-
-
-def _metrics(accelerator: Any, kl: TokenKL) -> dict[str, float]:
-    """kl_metrics of all processes' tokens: those that TRL may average over rollouts."""
-    scores = {name: t for name, t in kl.scores.items() if t.is_floating_point()}
-    columns = torch.stack([t.float() for t in (*scores.values(), kl.weights, kl.counted)], -1)
-    columns = accelerator.gather(accelerator.pad_across_processes(columns, dim=1))
-    counted = columns[..., -1] > 0
-    *flat, weight, _ = columns[counted].unbind(-1)
-    metrics = flat_metrics(TokenScores(**dict(zip(scores, flat, strict=True))), counted.nonzero()[:, 0], weight)
-    return {name: value for name, value in metrics.items() if name.endswith("/mean")}
 
 
 def _check_trainer(trainer: Any, reward: KLReward) -> None:

@@ -14,6 +14,10 @@ from klft.writing import atomic_write
 logger = logging.getLogger(__name__)
 
 
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
 class PenaltyState(TrainerCallback):
     """Saves a penalty's state with every checkpoint of a `transformers.Trainer`, and loads it where one is resumed.
 
@@ -44,7 +48,7 @@ class PenaltyState(TrainerCallback):
         """A reference that follows the policy is too large for trainer_state.json."""
         if not self.penalty.reference.state_dict():
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint(args, state)
         if not folder.is_dir():
             raise ValueError(
                 f"{self.penalty.reference.name} follows the policy, and its state is to be found beside the "
@@ -60,7 +64,7 @@ class PenaltyState(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Beside the Trainer's own files."""
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = _checkpoint(args, state)
             mine = {k: v for k, v in state.stateful_callbacks.items() if k.startswith("klft.")}
             with atomic_write(folder / "klft_penalty.json") as file:
                 file.write(json.dumps(mine, indent=1).encode())
