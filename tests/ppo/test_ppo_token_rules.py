@@ -7,23 +7,13 @@ import jaxtyping
 import pytest
 import torch
 from support import tiny
+from support.penalties import SILENT as FORMS
 
 from klft.diagnostics import read_records
 from klft.penalty import effective_placement
 from klft.token_rules import along_ref_entropy, burn_in, by_ids, combine, constant, decay
 
 COEF = 0.3
-FORMS = [
-    ("reverse", "k1", "reward"),
-    ("reverse", "k2", "loss"),
-    ("reverse", "k3", "loss"),
-    ("reverse", "k3", "both"),
-    ("reverse", "exact", "loss"),
-    ("reverse", "exact", "both"),
-    ("forward", "k3", "loss"),
-    ("forward", "exact", "loss"),
-    ("forward", "exact", "both"),
-]
 RULE = combine(burn_in(1), by_ids({tiny.EOS: 0.0, **dict.fromkeys(range(3, 17), 0.25)}), along_ref_entropy(1.0, 4.0))
 
 
