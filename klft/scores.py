@@ -37,6 +37,7 @@ class TokenScores:
     top_p: Float[Tensor, "*B K"] | None = None  # their probabilities
     ref_top_ids: Int[Tensor, "*B K"] | None = None  # the reference's
     ref_top_p: Float[Tensor, "*B K"] | None = None
+    divergence: Float[Tensor, "*B"] | None = None  # of another kind than the two KLs, where a penalty has one
     sampled: Bool[Tensor, "*B"] | None = None  # whether the policy sampled the token, as k1, k2, k3 assume; None: all
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +102,7 @@ def metrics_of(
     """Metrics by key; the last word of a key says how to combine two of them. What has no finite value is left out.
 
     Args:
-        distributions: by name, of those of QUANTITIES that have a finite value.
+        distributions: by name, of those of QUANTITIES, and of "divergence", that have a finite value.
         nonfinite: tokens with a value that is not finite in any of QUANTITIES; left out of that quantity alone.
     """
     metrics: dict[str, float] = {}
@@ -112,6 +113,11 @@ def metrics_of(
             metrics |= {f"kl/{name}/p{percent}": kl.percentile(percent) for percent in PERCENTS}
             if kl.sequence_mean is not None:
                 metrics[f"kl/sequence/{name}/mean"] = kl.sequence_mean
+    if "divergence" in distributions:
+        other = distributions["divergence"]
+        metrics |= {"divergence/mean": other.mean, "divergence/max": other.high}
+        if other.sequence_mean is not None:
+            metrics["divergence/sequence/mean"] = other.sequence_mean
     keys = {"entropy": "entropy/policy/mean", "ref_entropy": "entropy/reference/mean"}
     keys |= {name: f"kl/{name}/mean" for name in SAMPLED}
     metrics |= {key: distributions[name].mean for name, key in keys.items() if name in distributions}
@@ -123,9 +129,10 @@ def metrics_of(
 
 
 def quantities(scores: TokenScores) -> dict[str, Tensor]:
-    """QUANTITIES of the scores, as far as they are there, [*B] each, in fp64; beyond fp32 is infinite."""
+    """QUANTITIES of the scores and "divergence", as far as they are there, [*B], in fp64; beyond fp32 is infinite."""
     given = {"reverse": scores.reverse_kl, "forward": scores.forward_kl, "entropy": scores.entropy,
-             "ref_entropy": scores.ref_entropy, "logp": scores.logp, "ref_logp": scores.ref_logp}  # fmt: skip
+             "ref_entropy": scores.ref_entropy, "logp": scores.logp, "ref_logp": scores.ref_logp,
+             "divergence": scores.divergence}  # fmt: skip
     values = {name: t.detach().double() for name, t in given.items() if t is not None}
     if "ref_logp" in values:
         for name, estimator in SAMPLED.items():

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainingArguments
 
-SCORES = ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy")
+FUSED = ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy")  # that fused_token_loss knows
+SCORES = (*FUSED, "divergence")
 KEPT_TOKENS = 1 << 20  # of a process between two logs; older ones are forgotten
 
 
 def loss_scores(penalty: KLPenalty) -> tuple[str, ...]:
     """Of SCORES, what the loss, the controller and k1, k2, k3 are computed from."""
-    return "logp", "ref_logp", f"{penalty.direction}_kl"
+    return "logp", "ref_logp", penalty.score_name
 
 
 @dataclass
@@ -75,7 +76,7 @@ def measure(
     """The KL of the tokens that count, and coef * KL over their divisors where it belongs in the loss.
 
     Without `all_scores` those of loss_scores alone, which takes three quarters of the time. With `top_k` both models'
-    likeliest tokens too, which takes a pass of its own.
+    likeliest tokens too, which takes a pass of its own; so does a divergence that is none of the two KLs.
     Raises RuntimeError where the hidden states are not those of the batch's tokens.
     """
     if call.hidden.shape[:2] != batch.counted.shape:
@@ -94,13 +95,18 @@ def measure(
         reference = Predictions(ref_hidden[batch.predicts.to(ref_hidden.device)], ref_head).on(device)
         inputs.append(part.scorer.fused_inputs(policy, reference, token_ids))
     numbers = torch.unique_consecutive(batch.pick(batch.sequence), return_inverse=True)[1]
-    losses, weight, scores, kl = (), None, None, None
-    if top_k or not loss_wanted or penalty.token_rule is not None:
+    losses, weight, scores, kl, divergences = (), None, None, None, []
+    if top_k or not loss_wanted or penalty.token_rule is not None or penalty.divergence is not None:
+        divergences = [_divergence(penalty, given, differentiable=loss_wanted) for given in inputs]
         with torch.no_grad():
             scores = [token_scores(**given, top_k=top_k) for given in inputs]
+        for each, values in zip(scores, divergences, strict=True):
+            each.divergence = None if values is None else values.detach()
         kl = _in_rows(penalty, parts, scores, batch, numbers)
         weight = None if kl.weight is None else kl.weight[kl.mask]
-    if loss_wanted:
+    if loss_wanted and penalty.divergence is not None:
+        losses = [_divergence_loss(penalty, values, batch, weight) for values in divergences]
+    elif loss_wanted:
         pairs = [
             _loss_and_scores(part.penalty, given, batch, weight, all_scores)
             for part, given in zip(parts, inputs, strict=True)
@@ -113,6 +119,20 @@ def measure(
     return Measured(scores[0] if len(parts) == 1 else _flat(kl), kl, loss)
 
 
+def _divergence(penalty: KLPenalty, inputs: dict[str, Any], differentiable: bool) -> Tensor | None:
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        return penalty.divergence_hidden(**{name: t for name, t in inputs.items() if name != "token_ids"})
+
+
+def _divergence_loss(
+    penalty: KLPenalty, values: Float[Tensor, "N"], batch: Batch, weight: Float[Tensor, "N"] | None
+) -> Tensor:
+    """Sum over tokens of coef * divergence / divisor, differentiable."""
+    scores = TokenScores(logp=values.detach(), divergence=values)  # no sampled estimator: logp is not read
+    kl = TokenKL(scores, torch.ones_like(values, dtype=torch.bool), weight=weight)
+    return (penalty.losses(kl) / batch.pick(batch.divisor).to(values)).sum()
+
+
 def _loss_and_scores(
     penalty: KLPenalty, inputs: dict[str, Any], batch: Batch, weight: Float[Tensor, "N"] | None, all_scores: bool
 ) -> tuple[Tensor, TokenScores]:
@@ -123,7 +143,7 @@ def _loss_and_scores(
         given["behaviour_logp"] = batch.pick(batch.behaviour_logp).to(device)
     constants = {name: t for name, t in given.items() if t is not None}
     dtype = torch.float64 if inputs["hidden"].dtype == torch.float64 else torch.float32
-    names = SCORES if all_scores else loss_scores(penalty)
+    names = FUSED if all_scores else loss_scores(penalty)
     kept = {name: torch.zeros(n, dtype=dtype, device=device) for name in names}
 
     def loss_of(scores: Any, *chunks: Tensor) -> Tensor:

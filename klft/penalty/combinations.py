@@ -1,15 +1,25 @@
 """Which estimator goes where: combinations without a gradient are refused, those with a wrong one named."""
 
 import warnings
+from collections.abc import Mapping
 
-from klft.estimators import ESTIMATORS
+from klft.divergences import DIVERGENCES, find_divergence
+from klft.estimators import DIRECTIONS, ESTIMATORS
 
 PLACEMENTS = ("reward", "loss", "both")
 ESTIMATES = ("k1", "k2", "k3", "exact")
+NO_KL = tuple(name for name in DIVERGENCES if name not in ("reverse_kl", "forward_kl", "entropy"))
 
 
 def check_combination(direction: str, estimator: str, placement: str) -> None:
-    """Raise ValueError for what carries no gradient, or twice the wrong one."""
+    """Raise ValueError for unknown names, and for what carries no gradient, or twice the wrong one."""
+    for name, value, known in (
+        ("direction", direction, DIRECTIONS),
+        ("estimator", estimator, ESTIMATES),
+        ("placement", placement, PLACEMENTS),
+    ):
+        if value not in known:
+            raise ValueError(f"KLPenalty: unknown {name} {value!r}: choose one of {', '.join(known)}")
     if estimator != "exact" and (direction, estimator) not in ESTIMATORS:
         raise ValueError(f"there is no {estimator} of the {direction} KL; use k1, k3 or exact")
     if estimator == "k1" and placement != "reward":
@@ -24,24 +34,39 @@ def check_combination(direction: str, estimator: str, placement: str) -> None:
         )
 
 
+def check_divergence(name: str | None, kwargs: Mapping[str, float], direction: str, estimator: str) -> None:
+    """Raise ValueError, TypeError for unknown kwargs, unless `name` is None or a divergence that there can be here."""
+    if name is None:
+        if kwargs:
+            raise ValueError(f"divergence_kwargs={dict(kwargs)} without a divergence: name one of {', '.join(NO_KL)}")
+        return
+    if name in ("reverse_kl", "forward_kl"):
+        raise ValueError(f"divergence={name!r} is direction={name.removesuffix('_kl')!r}: say that")
+    if name not in NO_KL:
+        raise ValueError(f"unknown divergence {name!r}: choose one of {', '.join(NO_KL)}, or a direction of the KL")
+    if estimator != "exact":
+        raise ValueError(f"{estimator} estimates a KL: divergence={name!r} goes with estimator='exact'")
+    if direction != "reverse":
+        raise ValueError(f"divergence={name!r} takes no direction, got direction={direction!r}")
+    find_divergence(name, dict(kwargs))
+
+
 def effective_placement(estimator: str, placement: str) -> str:
-    """The placement that is used: exact KL in the reward alone has a wrong gradient, so its loss part goes with it."""
+    """The placement that is used: "exact" in the reward alone has a wrong gradient, so its loss part goes with it."""
     return "both" if (estimator, placement) == ("exact", "reward") else placement
 
 
-def warn_of(direction: str, estimator: str, placement: str) -> None:
+def warn_of(direction: str, estimator: str, placement: str, divergence: str | None) -> None:
     """Say by name which wrong gradient a legal combination has."""
     wrong = {
         ("reverse", "k2"): "its expected gradient is not that of a KL",
         ("reverse", "k3"): "its expected gradient is about zero near the reference",
-        ("reverse", "exact"): "alone it has the wrong gradient, since a token's own exact KL does not depend on it",
-        ("forward", "exact"): "alone it has the wrong gradient, since a token's own exact KL does not depend on it",
         ("forward", "k1"): "its expected gradient is not that of the forward KL",
         ("forward", "k3"): "its expected gradient is not that of the forward KL",
     }.get((direction, estimator))
-    if placement != "reward" or wrong is None:
-        return
     way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both'"
     if estimator == "exact":
+        wrong = f"alone it has the wrong gradient, since a token's own exact {divergence or 'KL'} does not depend on it"
         way_out = "klft adds the differentiable loss that belongs to it; say placement='both' to mean that"
-    warnings.warn(f"{direction} {estimator} in the reward: {wrong}. {way_out}.", stacklevel=3)
+    if placement == "reward" and wrong is not None:
+        warnings.warn(f"{divergence or direction} {estimator} in the reward: {wrong}. {way_out}.", stacklevel=3)

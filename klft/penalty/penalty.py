@@ -14,6 +14,7 @@ Without logits: `measure_hidden` in the place of `measure`, and inside fused_tok
 """
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from klft.controllers import Controller, FixedKL, check_controller
+from klft.divergences import divergence as dense_divergence
 from klft.divergences import reverse_kl
-from klft.estimators import DIRECTIONS, estimate_kl, k3
-from klft.fused import as_head, token_scores
+from klft.estimators import estimate_kl, k3
+from klft.fused import as_head, linear_divergence, token_scores
 from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
-from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement, warn_of
+from klft.penalty.combinations import check_combination, check_divergence, effective_placement, warn_of
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, score_logits
@@ -55,9 +57,13 @@ class KLPenalty:
         controller: of the coefficient; it sees nats per sequence.
         clip: the largest log-ratio, either sign (sampled), or KL (exact) of one token, in nats; what lies beyond
             counts as that much, without a gradient, see `clipped`. Without it an infinite KL is an error.
+        divergence: another one in the KL's place, by the name of its function: "jsd", "skew_kl", "skew_reverse_kl",
+            "alpha_divergence", "renyi_divergence". With estimator="exact", which then is the gradient of the expected
+            sum of the tokens' divergences; what is said of the KL below holds for it.
+        divergence_kwargs: its parameters: {"weight": 0.9} of jsd, {"alpha": 0.1} of the others.
         token_rule: how much each token's KL counts, see TokenRule; ready ones are in klft.token_rules.
 
-    Raises ValueError for unknown names and for k1 in the loss.
+    Raises ValueError for unknown names, for k1 in the loss, and for parameters that the divergence refuses.
     """
 
     def __init__(
@@ -70,18 +76,15 @@ class KLPenalty:
         controller: Controller = FixedKL(0.05),  # noqa: B008 - a FixedKL never changes
         clip: float | None = None,
         token_rule: TokenRule | None = None,
+        divergence: str | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
     ):
-        for name, value, known in (
-            ("direction", direction, DIRECTIONS),
-            ("estimator", estimator, ESTIMATES),
-            ("placement", placement, PLACEMENTS),
-        ):
-            if value not in known:
-                raise ValueError(f"KLPenalty: unknown {name} {value!r}: choose one of {', '.join(known)}")
         check_combination(direction, estimator, placement)
+        self.divergence, self.divergence_kwargs = divergence, dict(divergence_kwargs or {})
+        check_divergence(divergence, self.divergence_kwargs, direction, estimator)
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
-        warn_of(direction, estimator, placement)
+        warn_of(direction, estimator, placement, divergence)
         check_controller(controller, "KLPenalty")
         if token_rule is not None and not callable(token_rule):
             raise TypeError(
@@ -156,6 +159,8 @@ class KLPenalty:
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         logits, ref_logits = (self._cut(z, shared).roll(1, 1) / t for z in (logits, ref_logits))
         scores = score_logits(logits, ref_logits, input_ids)
+        if self.divergence is not None:
+            scores.divergence = dense_divergence(logits, ref_logits, self.divergence, **self.divergence_kwargs)
         infinite = mask & ~self._exact_of(scores).detach().isfinite()
         return scores, _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
 
@@ -211,6 +216,7 @@ class KLPenalty:
         mask, head, ref_head = as_mask(mask), as_head(head, "the policy"), as_head(ref_head, "the reference")
         flat_hidden, flat_ref = hidden[mask], ref_hidden[mask.to(ref_hidden.device)].to(hidden.device)
         flat = token_scores(flat_hidden, head, token_ids[mask], flat_ref, ref_head, temperature=temperature)
+        flat.divergence = self.divergence_hidden(flat_hidden, head, flat_ref, ref_head, temperature=temperature)
         infinite = (~self._exact_of(flat).detach().isfinite()).nonzero().flatten()[:1]
         one_sided: tuple[int, ...] = ()
         if len(infinite) and head.shard is None:
@@ -220,6 +226,23 @@ class KLPenalty:
         return self.measure_scores(
             scores, mask, token_ids=token_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
         )
+
+    def divergence_hidden(
+        self,
+        hidden: Float[Tensor, "N D"],
+        head: LMHead | nn.Linear,
+        ref_hidden: Float[Tensor, "N E"],
+        ref_head: LMHead | nn.Linear,
+        *,
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "N"] | None:
+        """The penalty's divergence of N tokens as linear_divergence takes it; None where it is one of the two KLs."""
+        if self.divergence is None:
+            return None
+        return linear_divergence(
+            hidden, head, ref_hidden, ref_head, divergence=self.divergence, temperature=temperature,
+            **self.divergence_kwargs,
+        )  # fmt: skip
 
     def measure_scores(
         self,
@@ -268,15 +291,24 @@ class KLPenalty:
         if one_sided:
             ids += f"; ids that only one of the models suppresses: {list(one_sided[:8])} ({len(one_sided)} in all)"
         return (
-            f"the {self.direction} KL ({self.estimator}) is not finite at {len(places)} token(s), first at [sample, "
+            f"the {self._name} ({self.estimator}) is not finite at {len(places)} token(s), first at [sample, "
             f"position] {places[:4]}{ids}: one model gives no probability to what the other may say, or "
             "its logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
         )
 
+    @property
+    def score_name(self) -> str:
+        """The field of TokenScores that holds the exact value of what is penalised."""
+        return f"{self.direction}_kl" if self.divergence is None else "divergence"
+
+    @property
+    def _name(self) -> str:
+        return self.divergence or f"{self.direction} KL"
+
     def _exact_of(self, scores: TokenScores) -> Tensor:
-        value = scores.reverse_kl if self.direction == "reverse" else scores.forward_kl
+        value = getattr(scores, self.score_name)
         if value is None:
-            raise ValueError(f"these scores have no {self.direction}_kl: score the tokens with a reference")
+            raise ValueError(f"these scores have no {self.score_name}: score the tokens with a reference")
         return value
 
     def _exact(self, kl: TokenKL) -> Tensor:
@@ -370,13 +402,17 @@ class KLPenalty:
             raise TypeError(
                 "token_losses: fused_token_loss knows one reference, and this penalty has several: use measure"
             )
+        if self.divergence is not None and not isinstance(scores, TokenScores):
+            raise TypeError(
+                f"token_losses: fused_token_loss has no {self.divergence}; use measure_hidden, and losses of its result"
+            )
         if self.token_rule is not None and weight is None:
             raise ValueError(
                 "token_losses: this penalty has a token_rule; pass weight=kl.weight[kl.mask] of measure(...)"
             )
         needed: dict[str, Any] = {"logp": scores.logp}
         if self.estimator == "exact":
-            needed[f"{self.direction}_kl"] = getattr(scores, f"{self.direction}_kl")
+            needed[self.score_name] = getattr(scores, self.score_name)
         else:
             needed["ref_logp"] = scores.ref_logp if ref_logp is None else ref_logp
         counted = torch.ones_like(scores.logp, dtype=torch.bool)
@@ -401,8 +437,8 @@ class KLPenalty:
         if episodes < sequences and not self._warned_nonfinite:
             self._warned_nonfinite = True
             logger.warning(
-                "the %s KL of %d of %d sequences is not finite: they are left out of what the controller sees",
-                self.direction, sequences - episodes, sequences,
+                "the %s of %d of %d sequences is not finite: they are left out of what the controller sees",
+                self._name, sequences - episodes, sequences,
             )  # fmt: skip
         return nats / max(episodes, 1.0), int(episodes)
 

@@ -52,9 +52,9 @@ class TokenKL:
 
 
 def mixed_scores(parts: tuple[tuple[float, TokenScores], ...]) -> TokenScores:
-    """The policy's own scores, and of both KLs the sum over the references, weighted. No log-probability: see parts."""
+    """The policy's own scores, and of each KL the sum over the references, weighted. No log-probability: see parts."""
     (_, first), kls = parts[0], {}
-    for name in ("reverse_kl", "forward_kl"):
+    for name in ("reverse_kl", "forward_kl", "divergence"):
         values = [(weight, getattr(scores, name)) for weight, scores in parts]
         if all(t is not None for _, t in values):
             kls[name] = torch.stack([weight * t for weight, t in values]).sum(0)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support.anchors import COEF, k3_in_the_loss, trained_grpo
+from support.anchors import COEF, DENSE, k3_in_the_loss, trained_grpo
+from support.penalties import other_penalty
 from support.trainers import AnchoredGRPO, grpo_config, parameters, policy
 from trl import GRPOTrainer
 
-from klft import FixedKL, FrozenReference, KLPenalty, reverse_kl
+from klft import FixedKL, FrozenReference, KLPenalty
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ class DenseCharges(GRPOTrainer):
         with torch.no_grad():
             ref_logits = self.other(input_ids=ids, attention_mask=attention).logits[:, start - 1 : -1]
         logits = model(input_ids=ids, attention_mask=attention).logits[:, start - 1 : -1]
-        if self.estimator == "exact":
-            return reverse_kl(logits, ref_logits)
+        if self.estimator in ("exact", "jsd"):
+            return DENSE["jsd" if self.estimator == "jsd" else "reverse"](logits, ref_logits)
         log_ratio = logits.log_softmax(-1) - ref_logits.log_softmax(-1)
         return log_ratio.gather(-1, inputs["completion_ids"][..., None])[..., 0]
 
@@ -91,22 +92,24 @@ class DenseCharges(GRPOTrainer):
             with torch.no_grad():
                 charged = self.kl(model, inputs) * mask
             to_go = charged.flip(1).cumsum(1).flip(1)
-            to_go = to_go - charged if self.estimator == "exact" else to_go
+            to_go = to_go - charged if self.estimator != "k1" else to_go
             inputs["advantages"] = inputs["advantages"][:, None] - COEF * to_go
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.estimator == "exact":
+        if self.estimator != "k1":
             own = (self.kl(model, inputs) * mask).sum(1) / mask.sum(1).clamp(min=1)
             loss = loss + COEF * own.mean() / self.current_gradient_accumulation_steps
         return loss
 
 
 @pytest.mark.parametrize("iterations", slow_but((2,), [1, 2]))
-@pytest.mark.parametrize("estimator", ["exact", "k1"])
+@pytest.mark.parametrize("estimator", ["exact", "k1", "jsd"])
 def test_a_penalty_in_the_reward_equals_a_dense_oracle(tmp_path, estimator, iterations):
     args = grpo_config(tmp_path, loss_type="grpo", num_iterations=iterations)
     other = policy(seed=5).eval()
     placement = "both" if estimator == "exact" else "reward"
-    penalty = KLPenalty(FrozenReference(other), estimator=estimator, placement=placement, controller=FixedKL(COEF))
+    penalty = other_penalty("jsd", "both", FrozenReference(other), COEF)
+    if estimator != "jsd":
+        penalty = KLPenalty(FrozenReference(other), estimator=estimator, placement=placement, controller=FixedKL(COEF))
     ours = trained_grpo(AnchoredGRPO, args, penalty=penalty)
     oracle = trained_grpo(DenseCharges, args, reference=other, estimator=estimator)
     assert (parameters(oracle.model) - parameters(trained_grpo(GRPOTrainer, args).model)).abs().max() > 1e-3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import tiny
-from support.anchors import COEF, exact, k3_in_the_loss, sft, trained_grpo
+from support.anchors import COEF, another, exact, k3_in_the_loss, sft, trained_grpo
 from support.trainers import AnchoredGRPO, AnchoredSFT, grpo_config, parameters, policy, sft_config, texts
 
 from klft import (
@@ -33,6 +33,13 @@ def test_a_mixture_of_one_reference_twice_is_their_sum(tmp_path):
         assert a["kl/forward/mean"] == pytest.approx(2.5 * b["kl/forward/mean"], rel=1e-4)
         assert "kl/k1/mean" not in a
         assert a["kl/nonfinite/count"] == 0
+
+
+def test_a_mixture_under_another_divergence_is_their_sum(tmp_path):
+    args = sft_config(tmp_path, learning_rate=0.02)
+    mixed = sft(AnchoredSFT, args, penalty=another(reference=twice_and_half()))
+    single = sft(AnchoredSFT, args, penalty=another(coef=2.5 * COEF))
+    assert (parameters(mixed.model) - parameters(single.model)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("estimator", "placement"), [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import families, tiny
-from support.anchors import DenseOracle, exact, sft
+from support.anchors import COEF, DenseOracle, another, exact, sft
 from support.trainers import (
     AnchoredGRPO,
     AnchoredSFT,
@@ -53,6 +53,32 @@ def test_sft_with_lora_equals_a_dense_oracle(tmp_path):
     plain = sft(SFTTrainer, args, peft_config=tiny.lora())
     assert (parameters(plain.model) - parameters(oracle.model)).abs().max() > 1e-4
     assert (parameters(ours.model) - parameters(oracle.model)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("settings", [
+    {"gradient_accumulation_steps": 2},
+    pytest.param({"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+], ids=["2", "checkpointing"])  # fmt: skip
+def test_another_divergence_than_the_kl_equals_a_dense_oracle(tmp_path, settings):
+    args = sft_config(tmp_path, **settings)
+    dense = policy(seed=5).eval()
+    oracle = sft(DenseOracle, args, reference=lambda ids: dense(input_ids=ids).logits, direction="jsd")
+    ours = sft(AnchoredSFT, args, penalty=another("jsd"))
+    assert (parameters(sft(SFTTrainer, args).model) - parameters(oracle.model)).abs().max() > 1e-3
+    assert (parameters(ours.model) - parameters(oracle.model)).abs().max() < 1e-6
+    logs = [log for log in ours.state.log_history if "loss" in log]
+    assert all(
+        {"divergence/mean", "divergence/sequence/mean", "kl/reverse/mean", "kl/coef"} <= log.keys() for log in logs
+    )
+
+
+def test_a_token_rule_weighs_another_divergence(tmp_path):
+    args = sft_config(tmp_path, learning_rate=0.02)
+    twice = another("jsd")
+    twice.token_rule = lambda ids, mask, scores: 2.0 * mask
+    a, b = (parameters(sft(AnchoredSFT, args, penalty=p).model) for p in (twice, another("jsd", coef=2 * COEF)))
+    assert (a - b).abs().max() < 1e-6
+    assert (a - parameters(sft(AnchoredSFT, args, penalty=another("jsd")).model)).abs().max() > 1e-4
 
 
 # ---- a coefficient of 0 ----------------------------------------------------------------------------------------------

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from support import oracles
-from support.penalties import ACCEPTED, COEF, DIRECTIONS, SILENT, WARNED, GivenReference, close, penalty
+from support.penalties import (
+    ACCEPTED,
+    COEF,
+    DIRECTIONS,
+    OTHERS,
+    SILENT,
+    WARNED,
+    GivenReference,
+    close,
+    dense_other,
+    other_penalty,
+    penalty,
+)
 
 from klft.penalty import TokenKL
 from klft.scores import score_logits
@@ -100,6 +112,16 @@ def test_expected_gradient(combination, seed):
     has_reward, has_loss = made.placement in ("reward", "both"), made.placement in ("loss", "both")
     assert bool(reward_part.norm() > 1e-3) == has_reward
     assert bool(loss_part.norm() > 1e-3) == has_loss
+
+
+@pytest.mark.parametrize("placement", ["loss", "both"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_expected_gradient_of_another_divergence(name, placement):
+    theta, ref = oracles.tabular(3)
+    reward_part, loss_part = expected_gradients(other_penalty(name, placement, tabular_reference(ref)), theta)
+    truth = local if placement == "loss" else prefix_kl
+    close(reward_part + loss_part, COEF * truth(dense_other(name), theta, ref))
+    assert bool(reward_part.norm() > 1e-3) == (placement == "both")
 
 
 @pytest.mark.parametrize(

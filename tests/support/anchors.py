@@ -3,11 +3,12 @@
 import torch
 from trl import SFTTrainer
 
-from klft import FixedKL, FrozenReference, KLPenalty, forward_kl, reverse_kl
+from klft import FixedKL, FrozenReference, KLPenalty, forward_kl, jsd, reverse_kl
 from support import tiny
+from support.penalties import other_penalty
 from support.trainers import grpo, policy, texts
 
-DENSE = {"forward": forward_kl, "reverse": reverse_kl}
+DENSE = {"forward": forward_kl, "reverse": reverse_kl, "jsd": lambda logits, ref: jsd(logits, ref, weight=0.3)}
 COEF = 0.5
 
 
@@ -19,6 +20,10 @@ def exact(direction="forward", coef=COEF, reference=None):
         placement="loss",
         controller=FixedKL(coef),
     )
+
+
+def another(name="jsd", coef=COEF, reference=None, placement="loss"):
+    return other_penalty(name, placement, reference or FrozenReference(policy(seed=5)), coef)
 
 
 class DenseOracle(SFTTrainer):

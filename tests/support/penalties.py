@@ -5,6 +5,7 @@ import warnings
 import torch
 
 from klft import FixedKL, KLPenalty
+from support import oracles
 
 COEF = 0.3
 DIRECTIONS, ESTIMATORS, PLACEMENTS = ("reverse", "forward"), ("k1", "k2", "k3", "exact"), ("reward", "loss", "both")
@@ -42,6 +43,15 @@ SILENT = [
     ("forward", "exact", "both"),
 ]
 ACCEPTED = SILENT + list(WARNED)
+
+# Divergences that are no KL, and parameters of theirs.
+OTHERS = {
+    "jsd": {"weight": 0.3},
+    "skew_kl": {"alpha": 0.2},
+    "skew_reverse_kl": {"alpha": 0.2},
+    "alpha_divergence": {"alpha": 1.5},
+    "renyi_divergence": {"alpha": 0.4},
+}
 
 
 class GivenReference:
@@ -88,6 +98,19 @@ def penalty(direction, estimator, placement, reference=ANY, **more):
             reference, direction=direction, estimator=estimator, placement=placement,
             **({"controller": FixedKL(COEF)} | more),
         )  # fmt: skip
+
+
+def other_penalty(name, placement="both", reference=ANY, coef=COEF, **more):
+    """A penalty of another divergence than the KL."""
+    return KLPenalty(
+        reference, estimator="exact", placement=placement, controller=FixedKL(coef),
+        divergence=name, divergence_kwargs=OTHERS[name], **more,
+    )  # fmt: skip
+
+
+def dense_other(name):
+    """That divergence by the definition, a function of both models' logits."""
+    return lambda logits, ref_logits: getattr(oracles, name)(logits, ref_logits, *OTHERS[name].values())
 
 
 def close(actual, expected):
