@@ -80,7 +80,8 @@ class KLPenalty:
         divergence_kwargs: Mapping[str, float] | None = None,
     ):
         check_combination(direction, estimator, placement)
-        self.divergence, self.divergence_kwargs = divergence, dict(divergence_kwargs or {})
+        self.divergence = divergence
+        self.divergence_kwargs: dict[str, Any] = dict(divergence_kwargs or {})
         check_divergence(divergence, self.divergence_kwargs, direction, estimator)
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
