@@ -95,7 +95,8 @@ def measure(
         reference = Predictions(ref_hidden[batch.predicts.to(ref_hidden.device)], ref_head).on(device)
         inputs.append(part.scorer.fused_inputs(policy, reference, token_ids))
     numbers = torch.unique_consecutive(batch.pick(batch.sequence), return_inverse=True)[1]
-    losses, weight, scores, kl, divergences = (), None, None, None, []
+    losses, weight, scores, kl = (), None, None, None
+    divergences: list[Any] = []  # Tensor or None
     if top_k or not loss_wanted or penalty.token_rule is not None or penalty.divergence is not None:
         divergences = [_divergence(penalty, given, differentiable=loss_wanted) for given in inputs]
         with torch.no_grad():
