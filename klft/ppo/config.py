@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TrainingArguments
+from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.estimators import DIRECTIONS
@@ -26,10 +27,10 @@ Validator = Callable[[Any], str | None]
 
 
 def number(
-    *, least: float | None = None, above: float | None = None, most: float = math.inf, whole: bool = False,
-    optional: bool = False,
+    *, least: float | None = None, above: float | None = None, most: float = math.inf, below: float = math.inf,
+    whole: bool = False, optional: bool = False,
 ) -> Validator:  # fmt: skip
-    """A finite number >= `least` or > `above`, and <= `most`; `optional`: or None."""
+    """A finite number >= `least` or > `above`, and <= `most` and < `below`; `optional`: or None."""
 
     def validate(value: Any) -> str | None:
         if value is None and optional:
@@ -37,10 +38,10 @@ def number(
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             return f"must be {'a whole number' if whole else 'a number'}, got {value!r}"
         over = value > above if above is not None else value >= (least or 0)
-        if over and math.isfinite(value) and value <= most:
+        if over and math.isfinite(value) and value <= most and (value < below or below == math.inf):
             return None
         lower = f"> {above}" if above is not None else f">= {least or 0}"
-        upper = "" if most == math.inf else f" and <= {most}"
+        upper = f" and <= {most}" if most < math.inf else f" and < {below}" if below < math.inf else ""
         return f"must be finite and {lower}{upper}, got {value!r}"
 
     return validate
@@ -85,6 +86,8 @@ def generation_settings(value: Any) -> str | None:
         return wrong
     given = _as_dict(value)
     problems = [why for why in map(_unfit_for_generation, given) if why]
+    answers = {name: GENERATION_VALUES[name](given[name]) for name in GENERATION_VALUES if name in given}
+    problems += [f"{name} {why}" for name, why in answers.items() if why]
     return f"cannot be used: {'; '.join(problems)}" if problems else None
 
 
@@ -100,7 +103,44 @@ def _unfit_for_generation(name: str) -> str | None:
     return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
 
 
+def warmup(value: Any) -> str | None:
+    """A number of steps, or a share of all below 1."""
+    wrong = number()(value)
+    return wrong or (f"must be whole, or below 1 for a share, got {value!r}" if value > 1 and value % 1 else None)
+
+
+def trackers(value: Any) -> str | None:
+    """Names of trackers that are installed, "all" or "none"."""
+    names = [value] if isinstance(value, str) else list(value or [])
+    missing = sorted(set(names) - {"all", "none", *get_available_reporting_integrations()})
+    return (
+        f"names {', '.join(map(repr, missing))}, which is unknown or not installed: pip install it, or say none"
+        if missing
+        else None
+    )
+
+
+def _scheduler_problem(args: TrainingArguments) -> str | None:
+    """What the learning-rate schedule says to its lr_scheduler_kwargs."""
+    optimizer, schedule = torch.optim.SGD([torch.zeros(1)]), SchedulerType(args.lr_scheduler_type)
+    try:
+        get_scheduler(schedule, optimizer, 0, 2, args.lr_scheduler_kwargs)  # pyright: ignore
+    except (TypeError, ValueError) as error:
+        return f"lr_scheduler_kwargs do not go with lr_scheduler_type={schedule.value}: {error}"
+    return None
+
+
 _COUNT, _POSITIVE = number(least=1, whole=True), number(above=0)
+GENERATION_VALUES: dict[str, Validator] = {  # what generate would refuse once the models are loaded, or never
+    "repetition_penalty": _POSITIVE,
+    "encoder_repetition_penalty": _POSITIVE,
+    "no_repeat_ngram_size": number(whole=True, optional=True),
+    "min_new_tokens": number(whole=True, optional=True),
+    "min_p": number(most=1, optional=True),
+    "typical_p": number(above=0, most=1, optional=True),
+    "epsilon_cutoff": number(below=1, optional=True),
+    "eta_cutoff": number(below=1, optional=True),
+}
 # TrlParser lets wrong types, NaN and unknown choices through, and the Trainer takes its own fields as they come.
 VALIDATORS: dict[str, Validator] = {
     "model_init_kwargs": json_object,
@@ -157,6 +197,14 @@ VALIDATORS: dict[str, Validator] = {
     "seed": number(whole=True),
     "learning_rate": number(),
     "adam_epsilon": number(),
+    "adam_beta1": number(below=1),
+    "adam_beta2": number(below=1),
+    "warmup_steps": warmup,
+    "eval_steps": number(above=0, optional=True),
+    "save_total_limit": number(least=1, whole=True, optional=True),
+    "report_to": trackers,
+    "log_level": choice("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": choice("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "logging_nan_inf_filter": boolean,
     "remove_unused_columns": boolean,
 }
@@ -296,6 +344,9 @@ class PPOConfig(TrainingArguments):
             # Without this, a launcher's several processes on a CPU would each train alone and never say so.
             self.use_cpu = True
         super().__post_init__()
+        problem = _scheduler_problem(self)
+        if problem:
+            raise ValueError(f"PPOConfig: {problem}")
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world_size:
             raise ValueError(

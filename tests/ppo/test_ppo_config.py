@@ -180,6 +180,30 @@ def test_out_of_range_is_refused_with_the_value(config, name, value):
         config(**{name: value})
 
 
+@pytest.mark.parametrize("trackers", ["all", "none", ["none"]])
+def test_trackers_that_are_there_are_taken(config, trackers):
+    assert config(report_to=trackers).report_to == []
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"adam_beta1": 1.0}, "adam_beta1 must be finite and >= 0 and < 1, got 1.0"),
+    ({"adam_beta2": -0.1}, "adam_beta2 must be finite and >= 0 and < 1, got -0.1"),
+    ({"warmup_steps": NAN}, "warmup_steps must be finite and >= 0, got nan"),
+    ({"warmup_steps": 1.5}, "warmup_steps must be whole, or below 1 for a share, got 1.5"),
+    ({"eval_steps": 0}, "eval_steps must be finite and > 0, got 0"),
+    ({"save_total_limit": 0}, "save_total_limit must be finite and >= 1, got 0"),
+    ({"report_to": "graphs"}, "report_to names 'graphs', which is unknown or not installed: pip"),
+    ({"report_to": ["none", "graphs"]}, "report_to names 'graphs'"),
+    ({"log_level": "loud"}, "log_level must be one of detail, debug, info"),
+    ({"lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_kwargs do not go with lr_scheduler_type=linear: .*'cycles'"),
+    ({"generation_kwargs": {"repetition_penalty": -1.0}}, "repetition_penalty must be finite and > 0, got -1.0"),
+    ({"generation_kwargs": {"min_p": 1.5}}, "min_p must be finite and >= 0 and <= 1, got 1.5"),
+])  # fmt: skip
+def test_what_the_trainer_takes_as_it_comes_is_refused_with_the_value(config, options, named):
+    with pytest.raises(ValueError, match=named):
+        config(**options)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_an_unknown_choice_lists_the_known_ones(config, name):
     known = {
@@ -219,6 +243,13 @@ def test_all_problems_are_told_at_once(config):
         ("generation_kwargs", {"repetition_penalty": 1.1}),
         ("generation_kwargs", '{"repetition_penalty": 1.1}'),
         ("dual_clip", 3),
+        ("warmup_steps", 0.1),
+        ("warmup_steps", 20),
+        ("adam_beta1", 0),
+        ("eval_steps", 0.25),
+        ("save_total_limit", None),
+        ("lr_scheduler_kwargs", {"last_epoch": -1}),
+        ("generation_kwargs", {"min_p": None}),
     ],
 )
 def test_allowed(config, name, value):
