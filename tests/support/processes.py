@@ -25,6 +25,12 @@ def launch(script: str, *arguments: Any, processes: int = 2, timeout: float) -> 
     return subprocess.run(command, capture_output=True, text=True, env=few, timeout=timeout)
 
 
+def python(script: str, *arguments: Any, timeout: float, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own; what it said, and how it ended."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=cwd)
+
+
 def leave() -> None:
     """The last thing a launched script does: gloo's threads may abort an interpreter's end, a destroyed group's too."""
     import torch.distributed as dist
