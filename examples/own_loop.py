@@ -18,7 +18,7 @@ arguments = parser.parse_args()
 torch.manual_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=2)
 if arguments.model_name_or_path:
-    policy = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path)
+    policy = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
 else:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=100, pad_token_id=0, bos_token_id=None, eos_token_id=1, **sizes))

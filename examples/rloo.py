@@ -24,8 +24,8 @@ given = parser.parse_args()
 
 # A model and its tokenizer.
 if given.model_name_or_path:
-    tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path)
-    policy = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=False)
+    policy = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="float32", trust_remote_code=False)
 else:
     words = ["<end>", "a", "good", "bad", "film", "story", "was", "this", "the"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))

@@ -31,8 +31,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,6 +41,7 @@ from klft import FrozenReference, LMHead, causal_inputs, hidden_states, linear_d
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.generation import Completions, sample_completions
+from klft.loading import load_model, load_tokenizer
 from klft.models import check_tokenizers, vocab_size
 from klft.prompts import encode_prompts, eos_ids, pad, pad_id
 
@@ -169,11 +168,11 @@ class Distillation:
     def __init__(self, settings: Settings, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
         student_name, teacher_name = str(settings.model_name_or_path), str(settings.teacher_name_or_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(student_name)
-        check_tokenizers(self.tokenizer, AutoTokenizer.from_pretrained(teacher_name))
+        self.tokenizer = load_tokenizer(student_name, "student")
+        check_tokenizers(self.tokenizer, load_tokenizer(teacher_name, "teacher"))
         device = accelerator.device
-        self.student: Any = AutoModelForCausalLM.from_pretrained(student_name, use_safetensors=True).to(device).eval()
-        self.teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_name, use_safetensors=True).to(device)
+        self.student: Any = load_model(student_name, "student").to(device)
+        self.teacher: Any = load_model(teacher_name, "teacher").to(device)
         self.reference = FrozenReference(self.teacher)
 
         # Heads are often padded beyond the tokenizer's ids, to different sizes: only ids that both have are used.

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from reviews import ensure_world
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from klft import FixedKL, FrozenReference, KLPenalty, LMHead, causal_inputs, hidden_states, token_scores
@@ -31,6 +31,7 @@ from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.generation import sample_completions
 from klft.integrations import KLAnchorMixin
+from klft.loading import load_model, load_tokenizer
 from klft.ppo import RewardModel
 from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id
 
@@ -80,18 +81,18 @@ def make_trainer(settings: Settings, arm: str, world: Path) -> Any:
         disable_tqdm=True,
     )
     common: dict[str, Any] = {
-        "model": AutoModelForCausalLM.from_pretrained(world / "reference"),
+        "model": load_model(world / "reference"),
         "reward_funcs": RewardModel(str(world / "reward_model"), label="positive"),
         "args": args,
         "train_dataset": read_prompts(str(world / "prompts_train.jsonl")).select_columns(["prompt"]),
-        "processing_class": AutoTokenizer.from_pretrained(world / "reference"),
+        "processing_class": load_tokenizer(world / "reference"),
     }
     if arm != "exact":
         return GRPOTrainer(**common)
 
     # The whole difference: exact KL in the loss, and in the advantages what a token leads to.
     penalty = KLPenalty(
-        FrozenReference(AutoModelForCausalLM.from_pretrained(world / "reference")),
+        FrozenReference(load_model(world / "reference")),
         direction="reverse",
         estimator="exact",
         placement="both",
@@ -104,8 +105,8 @@ def make_trainer(settings: Settings, arm: str, world: Path) -> Any:
 def measure(settings: Settings, world: Path, policy: Any) -> tuple[float, float]:
     """(mean reward, exact reverse KL in nats per sequence) of fresh completions of the test prompts."""
     torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(world / "reference")
-    reference = AutoModelForCausalLM.from_pretrained(world / "reference").to(policy.device)
+    tokenizer = load_tokenizer(world / "reference")
+    reference = load_model(world / "reference").to(policy.device)
     prompts = list(read_prompts(str(world / "prompts_test.jsonl"))["prompt"])[: 16 if settings.smoke else None]
     prompt_ids, prompt_mask = (part.to(policy.device) for part in pad(encode_prompts(tokenizer, prompts), 0))
     ends = eos_ids(policy, tokenizer)
@@ -147,7 +148,7 @@ def main(settings: Settings) -> None:
     table = Table(title=f"after {settings.steps} steps, coefficient {settings.coef:g}")
     for column in ("penalty", "mean reward", "KL, nats per sequence", "tokens per second"):
         table.add_column(column, justify="left" if column == "penalty" else "right")
-    before = AutoModelForCausalLM.from_pretrained(world / "reference")
+    before = load_model(world / "reference")
     table.add_row("(before)", *[f"{number:.3f}" for number in measure(settings, world, policy=before)], "")
 
     for arm in ARMS:
@@ -159,7 +160,7 @@ def main(settings: Settings) -> None:
 
         # Loaded from where it was saved: the trainer has put a forward of its own into the object.
         trainer.accelerator.wait_for_everyone()
-        policy = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir).to(trainer.accelerator.device)
+        policy = load_model(trainer.args.output_dir).to(trainer.accelerator.device)
         numbers = [f"{number:.3f}" for number in measure(settings, world, policy=policy)]
         table.add_row(arm, *numbers, f"{trainer.state.num_input_tokens_seen / seconds:,.0f}")
     if trainer.is_world_process_zero():

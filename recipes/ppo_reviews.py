@@ -20,12 +20,13 @@ from reviews import ensure_world
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, pipeline
+from transformers import ProgressCallback, pipeline
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from klft import PPOConfig, PPOTrainer
 from klft.arguments import one_line_errors, parse_arguments
 from klft.diagnostics.loading import read_prompts
+from klft.loading import load_model, load_tokenizer
 from klft.ppo import RewardModel, check_output_dir
 
 TABLE_ROWS = 14
@@ -80,9 +81,9 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
     # There is no reference among the arguments: PPOTrainer keeps a frozen copy of the model, or with --use_peft
     # switches the adapter off.
     return PPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(
+        model=load_model(
             name,
-            use_safetensors=True,
+            is_trainable=True,  # of an adapter that is trained on
             dtype=model_args.dtype or "auto",
             attn_implementation=model_args.attn_implementation,
             **source,
@@ -91,7 +92,7 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
         args=args,
         train_dataset=train_prompts,
         eval_dataset=evaluation_prompts,
-        processing_class=AutoTokenizer.from_pretrained(name, **source),
+        processing_class=load_tokenizer(name, **source),
         peft_config=get_peft_config(model_args),
     )
 
@@ -129,8 +130,8 @@ def samples_table(trainer: Any, reference: str, prompts: list[str]) -> Table:
     """The same prompts continued by the reference and by the policy, sampled, with their scores."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     cells_by_model = []
-    for model in (reference, policy):
-        generator: Any = pipeline("text-generation", model, tokenizer=trainer.processing_class)
+    for model in (load_model(reference), policy):
+        generator: Any = pipeline("text-generation", model, tokenizer=trainer.processing_class, trust_remote_code=False)
         outputs = generator(prompts, max_new_tokens=32, do_sample=True, top_k=0, return_full_text=False)
         texts = [output[0]["generated_text"] for output in outputs]
         scores = trainer.reward_funcs[0](prompts=prompts, completions=texts, completion_ids=None)

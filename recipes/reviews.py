@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import transformers as hf
 from filelock import FileLock
 from rich import print
-from trl import TrlParser
+
+from klft.arguments import one_line_errors, parse_arguments
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 # Classes of transformers. The tokenizers come without a vocabulary: they learn one from the texts.
@@ -183,8 +184,10 @@ def train_model(
 
 def print_summary(world: Path, reviews: list[dict], prompts: list[str], loss: float) -> None:
     """Print how good both models are, and a few continuations of test prompts with their P(positive)."""
-    writer: Any = hf.pipeline("text-generation", str(world / "reference"), do_sample=True, top_k=0, batch_size=50)
-    scorer: Any = hf.pipeline("text-classification", str(world / "reward_model"), top_k=None)
+    writer: Any = hf.pipeline(
+        "text-generation", str(world / "reference"), do_sample=True, top_k=0, batch_size=50, trust_remote_code=False
+    )
+    scorer: Any = hf.pipeline("text-classification", str(world / "reward_model"), top_k=None, trust_remote_code=False)
 
     # top_k=None gives the scores of all labels, the likeliest first.
     texts = [outputs[0]["generated_text"] for outputs in writer(prompts, max_new_tokens=32)]
@@ -247,7 +250,8 @@ def ensure_world(cache_dir: Path | None = None, config: Path = CONFIG) -> Path:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else [*sys.argv[1:], "--config", str(CONFIG)]
-    (settings,) = TrlParser(Settings).parse_args_and_config(arguments)  # pyright: ignore[reportArgumentType]
+    with one_line_errors():
+        (settings,) = parse_arguments((Settings,), arguments)
     if settings.smoke:
         settings.sizes = {"train": 300, "held_out": 200, "train_prompts": 40, "test_prompts": 10}
         for model in (settings.reference, settings.reward_model):

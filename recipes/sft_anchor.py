@@ -31,13 +31,14 @@ from datasets import Dataset
 from reviews import CONFIG, write_reviews
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from klft import FixedKL, FrozenReference, KLPenalty, token_logps
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet
 from klft.integrations import KLAnchorMixin
+from klft.loading import load_model
 from klft.prompts import pad
 
 NEW_PRODUCT = "tent"  # its family is what B is about
@@ -152,7 +153,7 @@ def as_dataset(rows: list[list[int]]) -> Dataset:
     return Dataset.from_dict({"input_ids": rows})
 
 
-def make_reference(settings: Settings, texts: Texts) -> LlamaForCausalLM:
+def make_reference(settings: Settings, texts: Texts) -> PreTrainedModel:
     """The model that has read A: a small Llama, trained from nothing."""
     set_seed(0)
     special_ids = {f"{name}_token_id": getattr(texts.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -180,7 +181,7 @@ def make_reference(settings: Settings, texts: Texts) -> LlamaForCausalLM:
     folder = Path(settings.output_dir) / "reference"
     model.save_pretrained(folder)
     texts.tokenizer.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder)
+    return load_model(folder)
 
 
 def fine_tune(

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from klft import (
     FrozenReference,
@@ -41,6 +41,7 @@ from klft import (
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.generation import sample_completions
+from klft.loading import load_model, load_tokenizer
 from klft.prompts import encode_prompts, pad, pad_id
 
 COLORS = {"full": "black", "text": "#999999", "file": "#0072B2", "scaled": "#D55E00"}
@@ -66,8 +67,8 @@ class Settings:
 @torch.no_grad()
 def write_file(path: Path, world: Path, settings: Settings) -> None:
     """Step 1: texts by the teacher, and what it said of each token; the prompts' tokens are not asked about."""
-    tokenizer = AutoTokenizer.from_pretrained(world / "reference")
-    teacher = AutoModelForCausalLM.from_pretrained(world / "reference")
+    tokenizer = load_tokenizer(world / "reference")
+    teacher = load_model(world / "reference")
     prompts = list(read_prompts(str(world / "prompts_train.jsonl"))["prompt"])[: settings.texts + settings.held_out]
     prompt_ids, prompt_mask = pad(encode_prompts(tokenizer, prompts), pad_id(tokenizer))
     generation = GenerationConfig(
@@ -191,7 +192,7 @@ def main(settings: Settings) -> None:
     file = load_file(folder / "teacher.safetensors")
 
     # A student much smaller than the teacher, with random weights.
-    teacher = AutoModelForCausalLM.from_pretrained(world / "reference")
+    teacher = load_model(world / "reference")
     torch.manual_seed(settings.seed)
     sizes: Any = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     student = LlamaForCausalLM(LlamaConfig(vocab_size=teacher.config.vocab_size, tie_word_embeddings=True, **sizes))

@@ -17,7 +17,7 @@ FLOORS = {
     "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1,
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,
-    "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
+    "loading": 4, "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
     "penalty": 5, "checks": 5,
     "ppo": 6, "integrations": 6, "diagnostics": 6, "plots": 6,
     "arguments": 7, "doctor": 7, "cli": 7,
@@ -291,6 +291,44 @@ def test_a_sound_tree_is_not(tmp_path, where, text):
     path.parent.mkdir(parents=True)
     path.write_text(text + "\n")
     assert violations(tmp_path) == []
+
+
+LOADERS = {"from_pretrained", "pipeline"}
+
+
+def silent_loads(root):
+    """Calls that load something and do not say trust_remote_code, as "file:line: call": transformers would then ask on
+    stdin, and a "y" there runs a repository's code. PEFT runs none."""
+    found = []
+    for path in [path for folder in ("klft", "recipes", "examples", "benchmarks") for path in sources(root / folder)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            *_, called = ast.unparse(node.func).split(".")
+            said = {keyword.arg for keyword in node.keywords}
+            if called in LOADERS and "trust_remote_code" not in said and "Peft" not in ast.unparse(node.func):
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node.func)}")
+    return found
+
+
+def test_whatever_loads_says_trust_remote_code():
+    assert silent_loads(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "silent"),
+    [
+        ("AutoTokenizer.from_pretrained(name)", True),
+        ("hf.AutoModel.from_pretrained(name, **options)", True),
+        ("pipeline('text-generation', model)", True),
+        ("AutoModel.from_pretrained(name, trust_remote_code=False, **options)", False),
+        ("PeftConfig.from_pretrained(name)", False),
+    ],
+)
+def test_a_load_that_says_nothing_is_reported(tmp_path, text, silent):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/a.py").write_text(text + "\n")
+    assert [line.startswith("recipes/a.py:1: ") for line in silent_loads(tmp_path)] == [True] * silent
 
 
 def borrowings(tests):

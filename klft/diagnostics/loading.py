@@ -5,7 +5,6 @@ where the caller says so, and never the reference's; weights are read from safet
 """
 
 import csv
-import functools
 import logging
 import os
 import shutil
@@ -14,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
 
-from klft.models import LOADING_INFO, VALUE_MODULES, check_loading, check_tokenizers, require_causal_lm
+from klft.loading import find_tokenizer, load_model, reachable, unreachable
+from klft.models import check_tokenizers
 from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import AdapterReference, FrozenReference, Reference
 
@@ -29,11 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-HUB_TIMEOUT = 5.0  # seconds in which the hub answers, or is not asked: the libraries would try again for a minute
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 
@@ -71,9 +66,9 @@ def load_models(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = _device(device)
-    _reachable.cache_clear()
-    tokenizer = _tokenizer(model, "model", trust_remote_code)
-    ref_tokenizer = None if reference is None else _tokenizer(reference, "reference", False)
+    reachable.cache_clear()
+    tokenizer = find_tokenizer(model, trust_remote_code=trust_remote_code)
+    ref_tokenizer = None if reference is None else find_tokenizer(reference, "reference")
     if tokenizer is not None and ref_tokenizer is not None:
         check_tokenizers(tokenizer, ref_tokenizer)
     tokenizer = tokenizer or ref_tokenizer
@@ -81,9 +76,11 @@ def load_models(
         raise ValueError(
             f"there is no tokenizer beside {' or '.join(filter(None, (model, reference)))}: save one there"
         )
-    policy = _model(model, "model", dtype, trust_remote_code).to(device)
+    policy: Any = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    policy = policy.to(device)
     if reference is not None:
-        return policy, FrozenReference(_model(reference, "reference", dtype, False).to(device)), tokenizer
+        kept: Any = load_model(reference, "reference", dtype=dtype)  # without the policy's trust
+        return policy, FrozenReference(kept.to(device)), tokenizer
     if not hasattr(policy, "disable_adapter"):
         raise ValueError(f"model {model} is not a PEFT adapter (it has no adapter_config.json): name a reference too")
     return policy, AdapterReference(policy), tokenizer
@@ -97,129 +94,6 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}. Say cpu") from error
     return name
-
-
-@functools.cache
-def _reachable(hub: str) -> bool:
-    """Whether the hub answers at all, be it with an error."""
-    try:
-        with urlopen(Request(hub, method="HEAD"), timeout=HUB_TIMEOUT):
-            return True
-    except HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def _unreachable(name: str) -> bool:
-    """Whether `name` is for the hub, which does not answer: then only what is in the cache can be loaded."""
-    offline = any(os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in OFFLINE)
-    return not (offline or Path(name).exists()) and not _reachable(_hub())
-
-
-def _source(name: str) -> dict[str, Any]:
-    """Options of from_pretrained: the cache alone where the hub does not answer."""
-    return {"local_files_only": True} if _unreachable(name) else {}
-
-
-@contextmanager
-def _explained(role: str, name: str):
-    """A loader's errors, of many kinds, as one ValueError that names the model."""
-    try:
-        yield
-    except Exception as error:
-        folder = "" if Path(name).exists() else "there is no such folder, and "
-        if _unreachable(name):
-            folder += f"the hub ({_hub()}) does not answer: "
-        raise ValueError(f"{role} {name}: {folder}{' '.join(str(error).split()) or repr(error)}") from error
-
-
-def _adapter_config(name: str) -> Any:
-    """The configuration of a PEFT adapter, or None for any other model."""
-    from transformers.utils import find_adapter_config_file
-
-    if find_adapter_config_file(name, **_source(name)) is None:
-        return None
-    try:
-        from peft import PeftConfig
-    except ModuleNotFoundError as error:
-        raise ValueError("it is a PEFT adapter: pip install klft[peft]") from error
-    return PeftConfig.from_pretrained(name, **_source(name))
-
-
-def _tokenizer(name: str, role: str, trust: bool) -> Any:
-    """The tokenizer saved beside a model (an adapter's own, or else its base model's), or None."""
-    from transformers import AutoTokenizer
-
-    with _explained(role, name):
-        adapter = _adapter_config(name)
-        for each in [name] if adapter is None else [name, adapter.base_model_name_or_path]:
-            # A folder without the files would get the empty tokenizer that its model type's class makes.
-            if not Path(each).is_dir() or any(next(Path(each).glob(f), None) for f in TOKENIZER_FILES):
-                return AutoTokenizer.from_pretrained(each, trust_remote_code=trust, **_source(each))
-    return None
-
-
-def _model(name: str, role: str, dtype: str, trust: bool) -> Any:
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    with _explained(role, name):
-        adapter = _adapter_config(name)
-        base = name if adapter is None else adapter.base_model_name_or_path
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **_source(base))
-    auto: Any = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            kind = (config.architectures or [type(config).__name__])[0]
-            raise TypeError(f"{role} {name}: expected a causal language model (AutoModelForCausalLM), got {kind}")
-        auto = AutoModelForImageTextToText  # a vision-language model, of which texts are scored without images
-    with _explained(role, name):
-        options: Any = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust} | LOADING_INFO
-        model, info = auto.from_pretrained(base, **options, **_source(base))
-    require_causal_lm(model, f"{role} {name}")
-    check_loading(model, info, f"{role} {base}")
-    if adapter is not None:
-        with _explained(role, name):
-            model = _adapted(model, name, adapter)
-    return model.eval()
-
-
-def _adapted(model: Any, name: str, config: Any) -> Any:
-    """The model with a saved adapter on. Raises ValueError, naming tensors, where the adapter's are not the model's."""
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below, as an error
-        adapted: Any = PeftModel.from_pretrained(model, name, config=config, **_source(name))
-    result = set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu", **_source(name)))
-    marks = (getattr(adapted.base_model, "prefix", None) or "modules_to_save.default", "modules_to_save.default")
-    missing = [key for key in result.missing_keys if any(mark in key for mark in marks) and not _shared(key)]
-    unexpected = [key for key in result.unexpected_keys if not VALUE_MODULES & set(key.split("."))]
-    if missing or unexpected:
-        counts = {"has no place for": unexpected, "finds no": missing}
-        said = [
-            f"{verb} {len(keys)} tensor(s) ({', '.join(sorted(keys)[:2])})" for verb, keys in counts.items() if keys
-        ]
-        base = config.base_model_name_or_path
-        raise ValueError(
-            f"the adapter does not fit {base}, which {' and '.join(said)}: was it trained on another model?"
-        )
-    return adapted
-
-
-def _shared(key: str) -> bool:
-    """Whether an adapter's tensor repeats one that is saved elsewhere."""
-    return any(name in key for name in ("vblora_vector_bank", "tinylora_v", "unilora_theta_d"))
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -297,8 +171,8 @@ def _cache_alone(name: str):
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    _reachable.cache_clear()
-    config.HF_HUB_OFFLINE = before or _unreachable(name)
+    reachable.cache_clear()
+    config.HF_HUB_OFFLINE = before or unreachable(name)
     try:
         yield
     finally:

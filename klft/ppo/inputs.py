@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,17 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from klft.loading import check_saved_tokenizer, load_model, load_tokenizer
 from klft.models import (
-    LOADING_INFO,
     base_of,
     check_causal,
     check_left_padding,
-    check_loading,
     check_no_shared_storage,
-    check_tokenizers,
     check_vocabularies,
     max_positions,
     require_causal_lm,
@@ -44,12 +41,8 @@ def load_policy(model: nn.Module | str, model_init_kwargs: dict[str, Any] | None
     In float32 unless `model_init_kwargs` say otherwise: in 16 bit most steps of a small learning rate round to nothing.
     """
     if isinstance(model, str):
-        options: Any = {"use_safetensors": True, "dtype": torch.float32} | (model_init_kwargs or {}) | LOADING_INFO
-        auto: Any = AutoModelForCausalLM  # gives a pair
-        loaded, info = auto.from_pretrained(model, **options)
-        require_causal_lm(loaded, "model")
-        check_loading(loaded, info, f"model {model}")
-        return loaded
+        options: Any = {"dtype": torch.float32} | (model_init_kwargs or {})
+        return load_model(model, is_trainable=True, **options)
     if model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is given by name; this one is loaded already")
     inside = unwrap(model)
@@ -146,13 +139,19 @@ def check_nothing_shared(
             check_no_shared_storage(judge, value_model, role=f"reward model {name!r}", trained_role="value model")
 
 
-def load_tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBase:
+def resolve_tokenizer(
+    processing_class: Any, model: nn.Module, model_init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer given (a processor has one), or the model's own. Raises TypeError for what is none.
 
     Without a pad token EOS pads: masks come from lengths, never from it.
     """
     given = getattr(processing_class, "tokenizer", processing_class)
-    tokenizer = AutoTokenizer.from_pretrained(base_of(model).config._name_or_path) if given is None else given
+    if given is None:
+        options = {k: v for k, v in (model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")}
+        tokenizer: Any = load_tokenizer(base_of(model).config._name_or_path, "processing_class", **options)
+    else:
+        tokenizer = given
     if not hasattr(tokenizer, "eos_token_id"):
         raise TypeError(
             f"processing_class: expected a tokenizer, or a processor that has one, got {type(tokenizer).__name__}. "
@@ -194,7 +193,7 @@ def build_policy_and_reference(
     of_reference = vocab_size(model) if resolved is None else resolved.vocab_size
     check_vocabularies(tokenizer, policy=vocab_size(model), reference=of_reference)
     if another and resolved is not None:
-        check_reference_tokenizer(tokenizer, resolved)
+        check_saved_tokenizer(tokenizer, resolved.name)
     check_nothing_shared(model, value_model, resolved, judges)
     policy = model
     if peft_config is not None:
@@ -204,17 +203,6 @@ def build_policy_and_reference(
         resolved.check_independent(policy)
     attach_value_function(policy, value_model)
     return policy, resolved
-
-
-def check_reference_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:
-    """Raise ValueError where the reference was saved with a tokenizer whose ids mean something else."""
-    if not Path(reference.name).is_dir():
-        return  # made here, or from the hub: asking there for files would need the network
-    try:
-        its_own = AutoTokenizer.from_pretrained(reference.name, trust_remote_code=False)
-    except (OSError, ValueError):
-        return  # saved without one
-    check_tokenizers(tokenizer, its_own)
 
 
 def require_readable_head(reference: Reference) -> None:

@@ -20,11 +20,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from klft.generation import Completions
-from klft.models import LOADING_INFO, check_loading, evaluating, max_positions, position_offset
+from klft.loading import load_model, load_tokenizer
+from klft.models import evaluating, max_positions, position_offset
 from klft.ppo.guards import on_all_ranks
 from klft.ppo.reward_loop import RewardLoop
 from klft.prompts import join_turns
@@ -57,12 +58,9 @@ class RewardModel:
         batch_size: int = 64,
         **model_init_kwargs: Any,
     ):
+        trust = bool(model_init_kwargs.get("trust_remote_code", False))
         if isinstance(model, str):
-            options: Any = {"use_safetensors": True} | model_init_kwargs | LOADING_INFO
-            auto: Any = AutoModelForSequenceClassification  # gives a pair
-            loaded, info = auto.from_pretrained(model, **options)
-            check_loading(loaded, info, f"reward model {model}")
-            model = loaded
+            model = load_model(model, "reward model", classifier=True, **model_init_kwargs)
         if not type(model).__name__.endswith("ForSequenceClassification"):
             raise TypeError(
                 "a reward model must be a sequence-classification model (AutoModelForSequenceClassification), "
@@ -70,7 +68,8 @@ class RewardModel:
             )
         judge: Any = model
         self.model = judge.eval().requires_grad_(False)
-        self.tokenizer = _padding(tokenizer or AutoTokenizer.from_pretrained(judge.config._name_or_path), judge)
+        own = (judge.config._name_or_path, "reward model")
+        self.tokenizer = _padding(tokenizer or load_tokenizer(*own, trust_remote_code=trust), judge)
         self.batch_size = batch_size
         self.label = self._label_index(label)
         self.__name__ = str(judge.config._name_or_path).rstrip("/").split("/")[-1] or type(judge).__name__

@@ -96,7 +96,7 @@ class PPOTrainer(Trainer):
             raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = given.load_policy(model, args.model_options)
-        tokenizer = given.load_tokenizer(processing_class, model)
+        tokenizer = given.resolve_tokenizer(processing_class, model, args.model_options)
         self._starts_equal = starts_equal(model, reference, peft_config)
         self.reward_funcs = reward_funcs = as_reward_functions(reward_funcs)
         train_dataset, eval_dataset = given.check_datasets(train_dataset, eval_dataset, args, tokenizer, reward_funcs)

@@ -1,17 +1,20 @@
 """Checkpoints and adapters that are not the model they say: refused by name, before anything is scored."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support import oracles, tiny
-from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from klft.diagnostics.loading import load_models
+from klft.loading import find_tokenizer, load_model
 from klft.ppo.inputs import load_policy
 from klft.ppo.rewards import RewardModel
 from klft.scoring import score_texts
@@ -174,3 +177,77 @@ def test_the_texts_of_a_vision_language_model_are_scored(tmp_path):
     edit(tmp_path / "policy", lambda t: {k: v for k, v in t.items() if "layers.1.mlp.down_proj" not in k})
     with pytest.raises(ValueError, match=r"not a whole Qwen2_5_VLForConditionalGeneration: it lacks 1 tensor"):
         load_models(str(tmp_path / "policy"), str(tmp_path / "reference"))
+
+
+# --- one loader for all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_file_that_was_not_written_to_its_end_is_named(file, adapter, tmp_path):
+    name = adapter if file.startswith("adapter") else save(tmp_path / "cut", tiny.llama())
+    path = Path(name) / file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^model .*{name}: {file} is damaged, or was not written to its end") as said:
+        load_model(name)
+    assert "\n" not in str(said.value)
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        load_policy(name)
+
+
+def test_an_adapter_in_a_pickle_is_not_read(adapter):
+    tensors = load_file(f"{adapter}/adapter_model.safetensors")
+    Path(f"{adapter}/adapter_model.safetensors").unlink()
+    torch.save(tensors, f"{adapter}/adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter.*adapter_model\.safetensors"):
+        load_model(adapter)
+
+
+def test_ppo_trains_an_adapter_given_by_name_and_refuses_one_that_does_not_fit(adapter, tmp_path):
+    run = tiny.trainer(tmp_path / "run", adapter)
+    trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    assert any("lora_A" in name for name in trained)
+    assert all("lora_" in name or "v_head" in name for name in trained)
+    assert all(p.eq(0.1).all() for name, p in run.model.named_parameters() if "lora_B" in name)
+    edit(adapter, lambda t: {f"x.{k}": v for k, v in t.items()}, "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"the adapter does not fit .*no place for 8 tensor"):
+        tiny.trainer(tmp_path / "run", adapter)
+
+
+@pytest.mark.parametrize("wanted", [{"classifier": True}, {}])
+def test_a_judge_and_a_model_are_loaded_by_one_function(wanted, tmp_path):
+    model = tiny.critic() if wanted else tiny.llama()
+    loaded = load_model(save(tmp_path / "it", model), dtype=torch.float32, **wanted)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "bare")
+    assert find_tokenizer(tmp_path / "bare") is None
+    with pytest.raises(ValueError, match="processing_class: there is no tokenizer beside"):
+        tiny.trainer(tmp_path / "run", str(tmp_path / "bare"), given={"processing_class": None})
+    with pytest.raises(ValueError, match="processing_class: the model was made here, and has no name"):
+        tiny.trainer(tmp_path / "run", given={"processing_class": None})
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_ppo_compares_the_tokenizers_of_policy_and_reference(cached, tmp_path, monkeypatch):
+    other = tiny.tokenizer()
+    state = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    other._tokenizer = other.backend_tokenizer.from_str(json.dumps(state))
+    folder = tmp_path / "other"
+    tiny.llama(5).save_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    tiny.trainer(tmp_path / "run", given={"reference": reference})  # saved without a tokenizer: sizes are compared
+    other.save_pretrained(folder)
+    if cached:  # by the name that it has on the hub
+        real = AutoTokenizer.from_pretrained
+        monkeypatch.setattr(
+            AutoTokenizer, "from_pretrained", lambda name, **o: real(folder if name == "some/model" else name, **o)
+        )
+        reference.config._name_or_path = "some/model"
+    with pytest.raises(ValueError, match=r"tokenizers of policy and reference differ in 2 ids: 4 is 'w1' and 'w2'"):
+        tiny.trainer(tmp_path / "run", given={"reference": reference})
