@@ -7,8 +7,8 @@
         log.add(batch.scores, batch.token_ids, batch.attention_mask, scored=batch.mask, sample_ids=batch.sample_ids)
 
 Where a head cannot be read (an adapter or quantisation on it), that model is scored from its logits instead. Padded
-vocabularies are cut to the ids both models have, which is said once. Both models run in eval mode without gradients and
-get their modes back.
+vocabularies are cut to the ids both models have, which is said once; what that takes is measured in every batch. Both
+models run in eval mode without gradients and get their modes back.
 """
 
 import logging
@@ -187,18 +187,16 @@ class Scorer:
 
     @torch.no_grad()
     def _report_cut(self, policy: Predictions, reference: Predictions, token_ids: Tensor) -> None:
-        if policy.vocab_size == reference.vocab_size or self._cut.warned:
+        if policy.vocab_size == reference.vocab_size:
             return
         shared = min(policy.vocab_size, reference.vocab_size)
         wider = policy if policy.vocab_size > shared else reference
         assert wider.head is not None
         assert wider.hidden is not None
         # Cutting divides every other probability by what the cut ids leave over.
-        of_all, of_shared = (
-            token_scores(wider.hidden, h, token_ids).logp for h in (wider.head, wider.head.cut(shared))
-        )
-        held = -torch.expm1(of_all - of_shared)
-        self._cut.warn(wider.vocab_size, shared, held.max().item() if held.numel() else 0.0)
+        hidden, token_ids = self._cut.some(wider.hidden), self._cut.some(token_ids)
+        of_all, of_shared = (token_scores(hidden, h, token_ids).logp for h in (wider.head, wider.head.cut(shared)))
+        self._cut.check(wider.vocab_size, shared, -torch.expm1(of_all - of_shared))
 
     def score_batch(
         self,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from klft.checks.setup import Check, Setup, largest_kl, ok, problem
-from klft.models import CUT_MASS, causal_inputs, check_vocabularies, evaluating, vocab_size
+from klft.models import CUT_MASS, causal_inputs, check_vocabularies, evaluating, last_id, vocab_size
 
 UNRELATED = 0.9  # relative distance of weights past which one model did not come from the other
 
@@ -174,11 +174,27 @@ def check_vocabulary(setup: Setup) -> Check:
     shared = min(sizes.values())
     wider = max(sizes, key=lambda role: sizes[role])
     if sizes[wider] == shared:
-        return ok(name, f"both heads have {shared:,} rows")
+        return _check_unknown_ids(setup, ok(name, f"both heads have {shared:,} rows"))
     held = setup.logits_of(wider)[setup.real].float().softmax(-1)[:, shared:].sum(-1).max()
     if held > CUT_MASS:
         return problem(
             name, f"the {wider}'s head has {sizes[wider]:,} rows, the other {shared:,}, and the ids that are cut hold "
             f"{float(held):.1e} of the probability: they are no padding. Use two models with one vocabulary"
         )  # fmt: skip
-    return ok(name, f"{shared:,} ids are shared; the {wider}'s others hold {float(held):.1e} of the probability")
+    return _check_unknown_ids(
+        setup, ok(name, f"{shared:,} ids are shared; the {wider}'s others hold {float(held):.1e} of the probability")
+    )
+
+
+def _check_unknown_ids(setup: Setup, otherwise: Check) -> Check:
+    """A note where the policy would sample ids that the tokenizer does not have."""
+    if setup.tokenizer is None:
+        return otherwise
+    known = last_id(setup.tokenizer) + 1
+    held = float(setup.policy_logits[setup.real].float().softmax(-1)[:, known:].sum(-1).max())
+    if not held > CUT_MASS:
+        return otherwise
+    return Check(
+        "vocabulary", "note", f"the policy gives up to {held:.1e} of the probability to ids from {known} on, which the "
+        "tokenizer does not have: it samples them, and they read as nothing. Train it with its own tokenizer"
+    )  # fmt: skip

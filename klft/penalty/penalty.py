@@ -291,10 +291,16 @@ class KLPenalty:
         one_sided = kl.one_sided_ids
         if one_sided:
             ids += f"; ids that only one of the models suppresses: {list(one_sided[:8])} ({len(one_sided)} in all)"
+        for role, logp in (("policy", kl.scores.logp), ("reference", kl.scores.ref_logp)):
+            if logp is not None and bool(logp.detach()[tuple(places[0])].isnan()):
+                return (
+                    f"the {role}'s logits are NaN at {len(places)} token(s), first at [sample, position] {places[:4]}"
+                    f"{ids}: look for NaN among its weights, or take another precision (bf16 or fp32)"
+                )
         return (
             f"the {self._name} ({self.estimator}) is not finite at {len(places)} token(s), first at [sample, "
-            f"position] {places[:4]}{ids}: one model gives no probability to what the other may say, or "
-            "its logits are NaN. Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
+            f"position] {places[:4]}{ids}: one model gives no probability to what the other may say. "
+            "Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
         )
 
     @property

@@ -266,6 +266,33 @@ def test_nan_weights_are_named():
     assert "NaN (sample 0, position" in problems(model, reference)["policy: repeatable"]
 
 
+@pytest.mark.parametrize("nan", [True, False])
+def test_nan_beside_suppressed_ids(nan, monkeypatch):
+    """Suppressed ids are -inf everywhere and no fault; a NaN at one position between them is one, and is placed."""
+    model, reference = pair()
+    forward = LlamaForCausalLM.forward
+
+    def suppressed(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits.index_fill(-1, torch.tensor([3, 4]), -torch.inf)
+        if nan and self is model and output.logits.shape[1] > 4:
+            output.logits[0, 4, 7] = torch.nan
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", suppressed)
+    found = problems(model, reference)
+    if nan:
+        assert found["policy: repeatable"].startswith("its logits are NaN (sample 0, position 4)")
+    assert bool(found) == nan, found
+
+
+def test_ids_that_the_tokenizer_does_not_have():
+    checks = check_setup(*pair(tiny.llama(vocab_size=400).eval()), tiny.tokenizer())
+    (note,) = [check for check in checks if check.name == "vocabulary"]
+    assert note.status == "note"
+    assert "ids from 32 on, which the tokenizer does not have" in note.text
+
+
 def test_a_check_that_raises_is_a_problem(monkeypatch):
     model, reference = pair()
     monkeypatch.setattr(FrozenReference, "distance_to", lambda *_: 1 / 0)

@@ -7,7 +7,7 @@ import logging
 import datasets
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from support import oracles, tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -173,6 +173,30 @@ def test_rows_that_hold_probability_are_not_cut(wide, rows):
     models[wide] = tiny.llama(7, vocab_size=rows)
     said = f"a model has {rows} vocabulary rows, the other 32, and the ids from 32 on are no padding: they hold up to"
     with pytest.raises(ValueError, match=said):
+        next(score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES))
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_rows_that_come_to_hold_probability_are_not_cut_later(readable):
+    """A batch like the first, then one in which the ids beyond the other's have grown."""
+    wide, reference = tiny.padded(), tiny.llama(5)
+    given = wide if readable else get_peft_model(wide, LoraConfig(r=2, target_modules=["lm_head"]))
+    head = getattr(wide.lm_head, "base_layer", wide.lm_head)
+    batches = score_texts(given, reference, tiny.tokenizer(), TEXTS, **(SIZES | {"batch_size": 1}))
+    next(batches)
+    next(batches)
+    with torch.no_grad():
+        head.bias[32:] = 9.0
+    with pytest.raises(ValueError, match="ids from 32 on are no padding"):
+        next(batches)
+
+
+@pytest.mark.parametrize("broken", ["policy", "reference"])
+def test_nan_weights_are_no_model_that_sees_what_follows(broken, monkeypatch):
+    monkeypatch.setattr("klft.models._causal", set())
+    models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
+    models[broken].model.layers[0].mlp.down_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=rf"the {broken} .*its logits are not finite for text 0, position 1"):
         next(score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES))
 
 

@@ -134,3 +134,14 @@ def test_a_tokenizer_with_neither_pads_with_0():
     tokenizer = tiny.tokenizer(pad=None)
     tokenizer.eos_token = None
     assert pad_id(tokenizer) == 0
+
+
+@pytest.mark.parametrize("row", [5, slice(None)], ids=["some", "all"])
+@pytest.mark.parametrize("broken", ["policy", "reference"])
+def test_nan_weights_name_the_model_the_sample_and_the_position(broken, row, tmp_path):
+    models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
+    models[broken].model.embed_tokens.weight.data[row] = torch.nan
+    given = {"reference": models["reference"]}
+    run = tiny.trainer(tmp_path, models["policy"], given=given, max_steps=3, self_test=False)
+    with pytest.raises(ValueError, match=rf"the {broken}'s logits are (NaN|not finite).*sample.*position"):
+        run.train()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from klft import AdapterReference, FrozenReference
-from klft.models import VocabularyCut, check_vocabularies, evaluating, vocab_size
+from klft.models import CUT_TOKENS, VocabularyCut, check_vocabularies, evaluating, vocab_size
 
 VOCAB = 23
 
@@ -417,6 +417,16 @@ def test_ids_with_probability_are_no_padding(held, refused):
         ValueError, match=r"2 vocabulary rows, the other 1, .* hold up to 1\.1e-03 of .* at most 0\.001"
     ):
         VocabularyCut()(logits, 1)
+
+
+def test_what_a_cut_takes_is_measured_in_every_batch():
+    cut, fine = VocabularyCut(), torch.zeros(4, 64, 10)
+    fine[..., 8:] = -20.0
+    for _ in range(2):
+        cut(fine, 8)
+    assert len(cut.some(fine.reshape(-1, 10))) <= 2 * CUT_TOKENS
+    with pytest.raises(ValueError, match="ids from 8 on are no padding"):
+        cut(torch.zeros(4, 64, 10), 8)
 
 
 def test_vocabulary_cut_keeps_the_gradient():
