@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import tempfile
 import types
@@ -14,22 +15,34 @@ from typing import Any
 
 import yaml
 
-# Set through a configuration file, these would run somebody else's code in every process.
-REFUSED_ENV = ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "PATH")
+from klft.writing import print_error
+
+# What `env:` in a file may set. Of the others many run code in every process or send data elsewhere: no list of those
+# would be complete.
+ALLOWED_ENV = (
+    "CUDA_VISIBLE_DEVICES", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "KLFT_CACHE",
+    "MLFLOW_EXPERIMENT_NAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_NAME", "WANDB_NOTES",
+    "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS",
+)  # fmt: skip
+LARGEST_YAML = {"bytes": 1 << 20, "values": 10_000, "levels": 20}
+NO_DECIMAL = re.compile(r"[-+]?0[0-9_]+|.*:.*")  # YAML 1.1 reads 010 as 8 and 1:30 as 90
 
 
 @contextmanager
-def one_line_errors():
-    """Inside, what a user can mend ends the process with exit code 2 and one line (`--debug`: with the traceback)."""
+def one_line_errors(exit_code: int = 2):
+    """Inside, what a user can mend ends the process with an exit code and one line (`--debug`: with the traceback).
+
+    2: bad usage or configuration, which all processes see alike: the first one speaks. 1: a failure while running.
+    """
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
         if "--debug" in sys.argv:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            text = " ".join(str(error).split())
-            print(f"error: {text if len(text) < 900 else text[:900] + ' ...'}", file=sys.stderr)
-        sys.exit(2)
+        if exit_code != 2 or int(os.environ.get("RANK", 0)) == 0:
+            print_error(str(error))
+        sys.exit(exit_code)
 
 
 def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
@@ -59,8 +72,12 @@ def hints(dataclass: type) -> dict[str, Any]:
 def check_yaml(path: Path, fields: dict[str, Any]) -> None:
     """Raise ValueError, with the line, for anything in the file that TrlParser would misread."""
     try:
+        if path.stat().st_size > LARGEST_YAML["bytes"]:
+            raise ValueError(f"{path} has more than {LARGEST_YAML['bytes']:,} bytes: it is no configuration")
         text = path.read_text()
+        _check_size(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(path, root)
         values = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
@@ -72,27 +89,71 @@ def check_yaml(path: Path, fields: dict[str, Any]) -> None:
         raise ValueError(f"{path}{line}: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} {'is empty' if root is None else 'must hold `key: value` lines'}")
-    seen: dict[Any, int] = {}
     for key_node, _ in root.value:
         key, line = key_node.value, key_node.start_mark.line + 1
-        if key in seen:
-            raise ValueError(f"{path}:{line}: the key {key!r} stands in line {seen[key]} already")
-        seen[key] = line
         if key == "env":
             _check_env(path, line, values["env"])
         elif key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             raise ValueError(f"{path}:{line}: unknown key {key!r}" + (f". Did you mean {close[0]!r}?" if close else ""))
         elif not fits(values[key], fields[key]):
-            raise ValueError(f"{path}:{line}: {key} must be {_name(fields[key])}, got {values[key]!r}")
+            raise ValueError(f"{path}:{line}: {key} must be {_name(fields[key])}, got {values[key]!r:.80}")
+
+
+def _check_size(path: Path, text: str) -> None:
+    """Raise ValueError where a file unfolds into more than a configuration holds, before anything unfolds it."""
+    named: dict[str, int] = {}  # values under an anchor, aliases unfolded
+    opened: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            named |= {} if anchor is None else {anchor: total - before}
+        elif isinstance(event, yaml.AliasEvent):
+            endless = any(event.anchor == anchor for anchor, _ in opened)  # within what it names
+            total += LARGEST_YAML["values"] if endless else named.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            named |= {} if event.anchor is None else {event.anchor: 1}
+            total += 1
+        if total > LARGEST_YAML["values"] or len(opened) > LARGEST_YAML["levels"]:
+            limits = f"{LARGEST_YAML['values']:,} values, aliases unfolded, or {LARGEST_YAML['levels']} levels"
+            raise ValueError(f"{path}:{event.start_mark.line + 1}: more than {limits}: it is no configuration")
+
+
+def _check_nodes(path: Path, node: yaml.Node | None) -> None:
+    """Raise ValueError for a key that stands twice in one mapping, and for what only YAML takes for a number."""
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and NO_DECIMAL.fullmatch(node.value):
+        read = yaml.safe_load(node.value)
+        raise ValueError(
+            f"{path}:{node.start_mark.line + 1}: {node.value} is no decimal number, and YAML reads {read}: "
+            f'write {read}, or "{node.value}" for text'
+        )
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _check_nodes(path, each)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise ValueError(f"{path}:{line}: the key {key!r:.80} stands in line {seen[key]} already")
+            seen[key] = line
+            _check_nodes(path, key_node)
+            _check_nodes(path, value_node)
 
 
 def _check_env(path: Path, line: int, env: Any) -> None:
     if not isinstance(env, dict):
-        raise ValueError(f"{path}:{line}: env must hold `NAME: value` lines, got {env!r}")
-    refused = sorted(set(env) & set(REFUSED_ENV))
+        raise ValueError(f"{path}:{line}: env must hold `NAME: value` lines, got {env!r:.80}")
+    refused = sorted(f"{name!s:.40}" for name in set(env) - set(ALLOWED_ENV))
     if refused:
-        raise ValueError(f"{path}:{line}: env may not set {', '.join(refused)}; set it in the shell if you mean it")
+        raise ValueError(
+            f"{path}:{line}: env may not set {', '.join(refused[:5])}; set it in the shell if you mean it. A file may "
+            f"set {', '.join(ALLOWED_ENV)}"
+        )
 
 
 def fits(value: Any, hint: Any) -> bool:

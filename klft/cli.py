@@ -15,7 +15,7 @@ import typer
 from klft._deprecated import moved
 from klft._version import __version__
 from klft.arguments import check_writable, one_line_errors
-from klft.writing import escaping_output
+from klft.writing import escaping_output, print_error, visible
 
 # --- klft report, klft diff ------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ def doctor(
 
 
 def _written(page: Path, opened: bool) -> None:
-    print(f"The page: {page}")
+    print(f"The page: {visible(str(page))}")
     if opened:
         webbrowser.open(page.resolve().as_uri())
 
@@ -169,7 +169,7 @@ def _run() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(text, file=sys.stderr)
             sys.exit(2)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print_error(text)
         sys.exit(2 if usage else 1)
     sys.exit(code)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klft.checks import Check, Setup, run_checks
+from klft.writing import visible
 
 PING_SECONDS = 60
 FREE_GIGABYTES = 2  # a checkpoint of a small model with its optimizer
@@ -137,6 +138,6 @@ def _train_adapter(policy: Any) -> None:
 def render(checks: list[Check]) -> str:
     """A line per check, then what to do."""
     width = max(len(check.name) for check in checks)
-    lines = [f"{check.status:8} {check.name:{width}}  {check.text}" for check in checks]
+    lines = [f"{check.status:8} {check.name:{width}}  {visible(check.text)}" for check in checks]
     wrong = sum(check.status == "problem" for check in checks)
     return "\n".join([*lines, f"{len(checks)} checks, {wrong or 'no'} problem{'s' if wrong > 1 else ''}"])

@@ -80,6 +80,12 @@ def escaping_output() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
+def print_error(text: str) -> None:
+    """`error: ...` on stderr: one line, of 900 characters at most, in which a terminal finds nothing to obey."""
+    line = " ".join(text.split())
+    print(f"error: {visible(line if len(line) < 900 else line[:900] + ' ...')}", file=sys.stderr)
+
+
 def visible(text: str) -> str:
     """Text with every control, format and invisible character escaped (\\x1b, \\u202e): safe for a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
