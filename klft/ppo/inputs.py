@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -357,36 +357,45 @@ class RolloutSampler(Sampler):
     """Indices as the dataloader must yield them: each rollout's prompts, once for every micro-batch made of it.
 
     The Trainer counts one dataloader batch per micro-batch; the repeats are what a rollout is used for. The order
-    depends on seed and epoch alone, so every process and every resumed run draws the same.
+    depends on the seed and on `rollouts_done()` alone, so every process and every resumed run draws the same. (Not on
+    an epoch that the Trainer sets: accelerate's wrappers do not pass it on where batches were skipped.)
     """
 
-    def __init__(self, size: int, per_rollout: int, repeats: int, seed: int, shuffle: bool):
+    def __init__(
+        self, size: int, per_rollout: int, repeats: int, seed: int, shuffle: bool, rollouts_done: Callable[[], int]
+    ):
         self.size, self.per_rollout, self.repeats, self.seed, self.shuffle = size, per_rollout, repeats, seed, shuffle
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.per_pass, self.rollouts_done = size // per_rollout, rollouts_done
 
     def __len__(self) -> int:
-        return self.size // self.per_rollout * self.per_rollout * self.repeats
+        return self.per_pass * self.per_rollout * self.repeats
+
+    def order(self, passes_done: int) -> Sequence[int]:
+        """Indices of all prompts, as one pass over them takes them; the last ones may be left over."""
+        if not self.shuffle:
+            return range(self.size)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * passes_done)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def prompts_of(self, rollout: int) -> Sequence[int]:
+        """Indices of the prompts of a run's rollout, counted from 0, over all processes."""
+        passes_done, within = divmod(rollout, self.per_pass)
+        return self.order(passes_done)[within * self.per_rollout : (within + 1) * self.per_rollout]
 
     def __iter__(self):
-        order = range(self.size)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-            order = torch.randperm(self.size, generator=generator).tolist()
-        for start in range(0, self.size - self.per_rollout + 1, self.per_rollout):
+        order = self.order(self.rollouts_done() // self.per_pass)
+        for start in range(0, self.per_pass * self.per_rollout, self.per_rollout):
             for _ in range(self.repeats):
                 yield from order[start : start + self.per_rollout]
 
 
-def rollout_dataloader(dataset: Any, args: PPOConfig, collate: Callable) -> DataLoader:
-    """Prompts, as many per batch as a process needs for one rollout, repeated for every micro-batch made of it."""
-    sampler = RolloutSampler(
+def rollout_sampler(dataset: Any, args: PPOConfig, rollouts_done: Callable[[], int]) -> RolloutSampler:
+    """The order of a dataset's prompts, in a run that has made `rollouts_done()` rollouts."""
+    return RolloutSampler(
         size=len(dataset),
         per_rollout=args.episodes_per_rollout,
         repeats=args.micro_batches_per_rollout,
         seed=args.seed if args.data_seed is None else args.data_seed,
         shuffle=args.train_sampling_strategy != "sequential",
+        rollouts_done=rollouts_done,
     )
-    return DataLoader(dataset, batch_size=args.rollout_batch_size, sampler=sampler, collate_fn=collate, drop_last=True)

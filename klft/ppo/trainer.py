@@ -372,7 +372,14 @@ class PPOTrainer(Trainer):
         """Prompts, as many per batch as a process needs for one rollout, repeated for every micro-batch made of it."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        return self.accelerator.prepare(given.rollout_dataloader(self.train_dataset, self.args, self.data_collator))
+        prompts: Any = self.train_dataset
+        options: Any = {"sampler": self._sampler(), "collate_fn": self.data_collator, "drop_last": True}
+        loader = DataLoader(prompts, self.args.rollout_batch_size, **options)
+        return self.accelerator.prepare(loader)
+
+    def _sampler(self) -> given.RolloutSampler:
+        per_rollout = self.args.steps_per_rollout
+        return given.rollout_sampler(self.train_dataset, self.args, lambda: self.state.global_step // per_rollout)
 
     def train(
         self,
