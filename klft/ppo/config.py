@@ -1,6 +1,5 @@
 """PPOConfig: TrainingArguments plus what PPO and its KL penalty need, every field checked before a model is loaded."""
 
-import dataclasses
 import json
 import math
 import os
@@ -61,6 +60,12 @@ def finite_numbers(value: Any) -> str | None:
     """None, or a list of finite numbers."""
     numbers = isinstance(value, list) and all(number(least=-math.inf)(each) is None for each in value)
     return None if value is None or numbers else f"must be a list of finite numbers, got {value!r}"
+
+
+def names(value: Any) -> str | None:
+    """None, or a list of names."""
+    fine = isinstance(value, list) and all(isinstance(n, str) and n[:1].isalpha() for n in value)
+    return None if value is None or fine else f"must be a list of names, got {value!r}"
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -184,6 +189,7 @@ VALIDATORS: dict[str, Validator] = {
     "num_completions_to_print": number(whole=True),
     "kl_log_tokens": number(whole=True),
     "overwrite_output_dir": boolean,
+    "resume_changes": names,
     # The Trainer's own.
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
@@ -326,6 +332,10 @@ class PPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Remove another run's checkpoints, tables and page from output_dir, unless it is resumed."},
     )
+    resume_changes: list[str] | None = field(
+        default=None,
+        metadata={"help": "Settings that a resumed run may change, by name; others must be as in the checkpoint."},
+    )
 
     # The Trainer's own fields whose stock default does not suit PPO.
     learning_rate: float = field(default=3e-6, metadata={"help": "AdamW's initial learning rate."})
@@ -402,21 +412,6 @@ class PPOConfig(TrainingArguments):
         if self.dataloader_num_workers:
             problems.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
         return problems
-
-    @staticmethod
-    def resumed_fields() -> list[str]:
-        """Own fields that a resumed run may not change: all but those that only say how long, or what is shown."""
-        free = {
-            "total_episodes",
-            "log_completions",
-            "num_completions_to_print",
-            "kl_log_tokens",
-            "overwrite_output_dir",
-            "self_test",
-        }
-        own = [f.name for f in dataclasses.fields(PPOConfig) if f.name in PPOConfig.__annotations__]
-        inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-        return [name for name in own if name not in free | inherited]
 
     @property
     def model_options(self) -> dict[str, Any]:

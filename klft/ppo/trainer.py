@@ -24,6 +24,7 @@ from klft.models import disable_dropout, quiet
 from klft.penalty import TokenRule
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
+from klft.ppo import resume
 from klft.ppo import value as value_function
 from klft.ppo.adapters import require_readable_policy_head, starts_equal
 from klft.ppo.collector import RolloutCollector
@@ -38,7 +39,6 @@ from klft.ppo.rewards import (
     as_reward_functions,
     move_reward_models,
     reward_models,
-    reward_name,
     reward_names,
     reward_weights,
 )  # fmt: skip
@@ -75,6 +75,7 @@ class PPOTrainer(Trainer):
     _gradient_seen = _ratio_seen = _tested = False  # what is checked once, before and at the first micro-batch
     _self_test_seconds, _starts_equal = 0.0, None
     _claimed: Path | None = None  # the output_dir that holds this trainer's own run
+    _next_prompts: str | None = None  # hash of the prompts that the first rollout after a resume must have
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class PPOTrainer(Trainer):
         args = args or PPOConfig(output_dir="ppo_output")
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
+        ckpt.check_writable(args)
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = given.load_policy(model, args.model_options)
         tokenizer = given.resolve_tokenizer(processing_class, model, args.model_options)
@@ -135,6 +137,7 @@ class PPOTrainer(Trainer):
             reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer,
         )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
+        self._known = resume.models_and_data(model, self.penalty, reward_funcs, train_dataset, optimizers[0])
 
     # ---- the generation cycle --------------------------------------------------------------------------------
 
@@ -202,6 +205,9 @@ class PPOTrainer(Trainer):
     # ---- rollout -----------------------------------------------------------------------------------------------
 
     def _make_rollout(self, model: nn.Module, rows: list[dict]) -> None:
+        if self._next_prompts is not None:
+            resume.check_prompts(self._next_prompts, rows, self._collector.tokenizer, self.args, self.accelerator)
+            self._next_prompts = None
         state = self.ppo
         rollout, stats, table = self._collector.collect(model, rows, state, self.state, learn=True)
         # 10. Whiten the advantages over all processes. That divides the reward's gradient by their deviation; a KL in
@@ -392,11 +398,14 @@ class PPOTrainer(Trainer):
         Raises ValueError where output_dir holds another run that is neither resumed nor to be overwritten.
         """
         output_dir = self._output_dir
-        with ckpt.locked(output_dir, self.accelerator):
-            folder = ckpt.resolve_checkpoint(output_dir, resume_from_checkpoint)
+        with (
+            ckpt.locked(output_dir, self.accelerator) as self._check_lock,
+            ckpt.own_rotation(self.args) as self._save_total_limit,
+        ):
+            folder = ckpt.resolve_on_all_ranks(output_dir, resume_from_checkpoint, self.accelerator)
             if self._claimed != output_dir:  # a second call goes on in its own
                 ckpt.claim(output_dir, folder, self.accelerator, overwrite=self.args.overwrite_output_dir)
-                self._claimed = output_dir
+                self._claimed, self._run = output_dir, ckpt.run_id(folder)
             set_seed(self.args.seed + self._data_rank)
             if folder is not None:
                 self._load_state(folder)
@@ -414,13 +423,13 @@ class PPOTrainer(Trainer):
                 self._load_value_function(Path(best))
             return result
 
-    def _run_settings(self) -> dict[str, Any]:
+    def _run_settings(self, step: int) -> dict[str, Any]:
         """Settings that must not change between a checkpoint and the run that continues it."""
-        structure = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"]
-        settings = {name: getattr(self.args, name) for name in [*structure, *self.args.resumed_fields()]}
-        settings["reward_funcs"] = reward_names(self.reward_funcs)
-        settings["token_rule"] = self.penalty.token_rule and reward_name(self.penalty.token_rule)
-        return settings | {"prompts": len(self.train_dataset or ())}  # pyright: ignore
+        rollout = -(-step // self.args.steps_per_rollout)  # the next one; what is left of the last is in the checkpoint
+        upcoming = self._sampler().prompts_of(rollout)[: self.args.rollout_batch_size]  # those of the main process
+        rows = [self.train_dataset[i] for i in upcoming]  # pyright: ignore
+        following = resume.hash_prompts(rows, self._collector.tokenizer, self.args)
+        return resume.run_settings(self.args, self._known) | {"next_prompts": following}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy alone, as from_pretrained loads it; the value function in a file beside it."""
@@ -442,7 +451,8 @@ class PPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
-        with ckpt.writing(self, final) as folder:
+        self._check_lock()
+        with ckpt.writing(self, final, self._run, self._save_total_limit) as folder:
             super()._save_checkpoint(model, trial)
             state = self.ppo
             if state.cycle.rollout is not None:
@@ -451,7 +461,7 @@ class PPOTrainer(Trainer):
             if self.args.should_save:
                 save_reference(folder, self.penalty.reference)
                 saved = {
-                    "run": self._run_settings(),
+                    "run": self._run_settings(self.state.global_step),
                     "step": self.state.global_step,
                     "controller": self.penalty.state_dict(),
                     "moments": state.moments.state_dict(),
@@ -465,14 +475,14 @@ class PPOTrainer(Trainer):
         done, wanted = state["step"], self.args.max_steps
         if 0 < wanted <= done:
             raise ValueError(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
-        changed = ckpt.differences(state["run"], self._run_settings())
-        if changed:
-            raise ValueError(
-                f"{folder} was written by another run: {'; '.join(changed)}. Put these back to resume, or start anew "
-                "in another output_dir."
-            )
+        now = self._run_settings(done)
+        changed = resume.check_same_run(folder, state["run"], now, self.args.resume_changes, self.accelerator)
+        self._next_prompts = now["next_prompts"]
+        if "learning_rate" in changed:
+            self.add_callback(resume.ScaleLearningRate(now["learning_rate"] / state["run"]["learning_rate"]))
         load_reference(folder, self.penalty.reference)
-        self.penalty.load_state_dict(state["controller"])
+        if not changed & {"kl_coef", "kl_controller"}:
+            self.penalty.load_state_dict(state["controller"])
         self.ppo.moments.load_state_dict(state["moments"])
         self.ppo.episodes = state["episodes"]
         cycle = self.ppo.cycle = Cycle(self.args, self._data_rank, self.ppo.episodes)
