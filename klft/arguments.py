@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from klft.writing import print_error
+from klft.exits import record_reason
+from klft.writing import error_line, print_error
 
 # What `env:` in a file may set. Of the others many run code in every process or send data elsewhere: no list of those
 # would be complete.
@@ -40,6 +41,7 @@ def one_line_errors(exit_code: int = 2):
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
         if "--debug" in sys.argv:
             raise
+        record_reason(error_line(str(error)))
         if exit_code != 2 or int(os.environ.get("RANK", 0)) == 0:
             print_error(str(error))
         sys.exit(exit_code)

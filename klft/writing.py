@@ -80,10 +80,15 @@ def escaping_output() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
-def print_error(text: str) -> None:
-    """`error: ...` on stderr: one line, of 900 characters at most, in which a terminal finds nothing to obey."""
+def error_line(text: str) -> str:
+    """`error: ...`, of 900 characters at most, in which a terminal finds nothing to obey."""
     line = " ".join(text.split())
-    print(f"error: {visible(line if len(line) < 900 else line[:900] + ' ...')}", file=sys.stderr)
+    return f"error: {visible(line if len(line) < 900 else line[:900] + ' ...')}"
+
+
+def print_error(text: str) -> None:
+    """Its error_line on stderr."""
+    print(error_line(text), file=sys.stderr)
 
 
 def visible(text: str) -> str:

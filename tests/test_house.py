@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     "_version": 0, "_deprecated": 0, "writing": 0, "masked": 0, "divergences": 0, "controllers": 0, "token_rules": 0,
-    "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1,
+    "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1, "exits": 1,
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,
     "loading": 4, "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,

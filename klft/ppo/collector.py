@@ -146,7 +146,7 @@ class RolloutCollector:
     ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
         return score_completions_by(
             self.reward_funcs, self.accelerator, rows, completions, texts, trainer_state=trainer_state, loop=self.loop,
-            known=cut, templates=self._templates(rows),
+            known=cut, templates=self._templates(rows), timeout=self.args.reward_timeout,
         )  # fmt: skip
 
     def _total_scores(

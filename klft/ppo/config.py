@@ -190,6 +190,7 @@ VALIDATORS: dict[str, Validator] = {
     "kl_log_tokens": number(whole=True),
     "overwrite_output_dir": boolean,
     "resume_changes": names,
+    "reward_timeout": number(above=0, optional=True),
     # The Trainer's own.
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
@@ -227,6 +228,7 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "eval_use_gather_object": (False, _OWN_METRICS),
     "eval_accumulation_steps": (None, _OWN_METRICS),
     "prediction_loss_only": (False, _OWN_METRICS),
+    "enable_jit_checkpoint": (False, "a checkpoint is saved after a SIGTERM anyway, at the end of a step"),
     "include_num_input_tokens_seen": ("no", "batches are prompts, whose tokens it cannot count"),
     "auto_find_batch_size": (False, "the sizes of a rollout follow from the batch size, which cannot change meanwhile"),
     "length_column_name": ("length", _OWN_ORDER),
@@ -308,6 +310,9 @@ class PPOConfig(TrainingArguments):
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Rescale per-token rewards to unit variance."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function; default 1."})
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "End the run if a reward function takes longer, in seconds; None: never."}
+    )
     normalize_scores: bool = field(
         default=False, metadata={"help": "Scores minus their running mean, over their running deviation."}
     )

@@ -1,7 +1,15 @@
 """Guards that stop a run before it does harm, on every process at once and with one message."""
 
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from klft.exits import is_lost_rank, leave
 from klft.models import zero_pad_embedding
 from klft.references import Reference
+
+logger = logging.get_logger(__name__)
 
 
 def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
@@ -73,3 +85,70 @@ class FollowPolicy(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.reference.after_step(model)
+
+
+class SaveOnSigterm(TrainerCallback):
+    """After a SIGTERM to any rank all save a checkpoint at the next step's end and stop; training then exits with 143.
+
+    A launcher also sends SIGTERM to the ranks that are left of a run whose step will never end: they end at once.
+    """
+
+    received = stopped = False
+    peers: tuple[int, ...] = ()
+
+    def __init__(self, accelerator: Accelerator, *, saves: bool):
+        self.accelerator, self.saves = accelerator, saves
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGTERM inside, if the run saves checkpoints, this is the main thread, and nobody else handles it."""
+        if not self.saves:
+            yield
+            return
+        launcher = (platform.node(), os.getppid())
+        every = gather_object([(launcher, os.getpid())])
+        self.peers = tuple(pid for its_launcher, pid in every if its_launcher == launcher)
+        main = threading.current_thread() is threading.main_thread()
+        handled = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if handled:
+            signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            if handled:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _receive(self, *_: Any) -> None:
+        if not self.received:
+            self.received = True
+            threading.Thread(target=self._end_without_peers, name="klft-sigterm", daemon=True).start()
+
+    def _end_without_peers(self) -> None:
+        while not self.stopped:
+            if not all(map(_alive, self.peers)):
+                leave(128 + signal.SIGTERM)
+            time.sleep(0.2)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.saves and self.accelerator.reduce(torch.tensor(float(self.received), device=args.device), "sum"):
+            control.should_save = control.should_training_stop = self.stopped = True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def saving(final: Path, resume_hint: Callable[[], str]) -> Iterator[None]:
+    """Around the writing of a checkpoint: a full disk is an error that names the last good one; no part is left."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost_rank(error):
+            raise
+        shutil.rmtree(final.with_name(f"tmp-{final.name}"), ignore_errors=True)
+        raise RuntimeError(f"{final} could not be saved: {error}. {resume_hint()}") from error

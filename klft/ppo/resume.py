@@ -37,7 +37,7 @@ FREE = (
     "metric_for_best_model", "greater_is_better", "restore_callback_states", "do_", "debug", "skip_memory_metrics",
     # where, and in which order of the same operations, it is computed
     "use_cpu", "local_rank", "ddp_", "dataloader_", "gradient_checkpointing", "activation_checkpointing",
-    "torch_empty_cache_steps",
+    "torch_empty_cache_steps", "reward_timeout",
 )  # fmt: skip
 # What the state in a checkpoint was made for, or holds itself: a change would not fit, or would do nothing.
 FIXED = {

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from klft.exits import within
 from klft.generation import Completions
 from klft.loading import load_model, load_tokenizer
 from klft.models import evaluating, max_positions, position_offset
@@ -221,11 +222,12 @@ def score_completions_by(
     loop: RewardLoop | None = None,
     known: dict[str, list[float]] | None = None,
     templates: list[dict[str, Any]] | None = None,
+    timeout: float | None = None,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
 
     `known`: numbers of this process's prompts that are logged with them. `templates`: each prompt's template_arguments,
-    for the reward models. The metrics are those of all processes. An
+    for the reward models. `timeout`: seconds that a function may take. The metrics are those of all processes. An
     error on one rank ends all ranks with it.
     """
     dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -242,6 +244,8 @@ def score_completions_by(
             dataset_columns,
             templates,
             loop=loop,
+            timeout=timeout,
+            rank=accelerator.process_index,
             trainer_state=trainer_state,
             log_metric=lambda name, value: local.setdefault(name, []).append(float(value)),
             log_extra=lambda name, values: _keep_column(columns, name, list(values), len(rows)),
@@ -275,19 +279,34 @@ def call_reward_functions(
     templates: list[dict[str, Any]] | None = None,
     *,
     loop: RewardLoop | None = None,
+    timeout: float | None = None,
+    rank: int = 0,
     **extra: Any,
 ) -> Tensor:
     """Scores [B, K], float32; NaN where a function returned None. Raises ValueError for anything that is no number.
 
-    Async functions run together, in `loop`; without one, in a loop of this call's own.
+    Async functions run together, in `loop`; without one, in a loop of this call's own. TimeoutError that names `rank`
+    if one function, or the async ones together, take longer than `timeout` seconds.
     """
     given = {**columns, **extra, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     of_models = given | {"template_arguments": templates}
-    results = [f(**(of_models if isinstance(f, RewardModel) else given)) for f in functions]
+    names, results = reward_names(functions), []
+    for name, f in zip(names, functions, strict=True):
+        call = functools.partial(f, **(of_models if isinstance(f, RewardModel) else given))
+        results.append(within(timeout, lambda name=name: f"rank {rank}: reward function {name!r}", call))
     waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
     if waiting:
-        for i, r in zip(waiting, (loop or RewardLoop()).results(list(waiting.values())), strict=True):
-            results[i] = r
+        left = {i: names[i] for i in waiting}
+
+        async def result(i: int) -> None:
+            results[i] = await waiting[i]
+            del left[i]
+
+        within(
+            timeout,
+            lambda: f"rank {rank}: reward function {', '.join(map(repr, left.values()))}",
+            lambda: (loop or RewardLoop()).results([result(i) for i in waiting]),
+        )
     columns_of_scores = [_checked(reward_name(f), r, prompts) for f, r in zip(functions, results, strict=True)]
     return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from klft.exits import reasons_recorded
 from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
 from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
@@ -31,7 +32,7 @@ from klft.ppo.collector import RolloutCollector
 from klft.ppo.completions import show_completions
 from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
-from klft.ppo.guards import FollowPolicy, StopOnNonFiniteGradient
+from klft.ppo.guards import FollowPolicy, SaveOnSigterm, StopOnNonFiniteGradient, saving
 from klft.ppo.losses import policy_losses, value_losses
 from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import (
@@ -126,8 +127,10 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,  # pyright: ignore[reportArgumentType] - any scheduler will do
         )
         self.args: PPOConfig
-        self.add_callback(StopOnNonFiniteGradient(self, lambda: ckpt.resume_hint(self._output_dir)))
+        self.add_callback(StopOnNonFiniteGradient(self, self._resume_hint))
         self.add_callback(FollowPolicy(reference))
+        self._sigterm = SaveOnSigterm(self.accelerator, saves=args.save_strategy != "no")
+        self.add_callback(self._sigterm)
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
@@ -149,6 +152,9 @@ class PPOTrainer(Trainer):
     @property
     def _output_dir(self) -> Path:
         return Path(self.args.output_dir or ".")
+
+    def _resume_hint(self) -> str:
+        return ckpt.resume_hint(self._output_dir)
 
     @property
     def _data_rank(self) -> int:
@@ -300,7 +306,7 @@ class PPOTrainer(Trainer):
         broken = gathered[:, list(local).index("nonfinite")].nonzero().flatten().tolist()
         if broken:
             where = f"on rank(s) {broken} at step {self.state.global_step}"
-            raise RuntimeError(f"the loss is not finite {where}. {ckpt.resume_hint(self._output_dir)}")
+            raise RuntimeError(f"the loss is not finite {where}. {self._resume_hint()}")
         sums = dict(zip(local, gathered.double().sum(0).tolist(), strict=True))
         for name, total in sums.items():
             state.loss_sums[name] += total
@@ -395,10 +401,12 @@ class PPOTrainer(Trainer):
     ) -> "TrainOutput":
         """Train. `resume_from_checkpoint`: a folder, or True for the newest complete checkpoint in output_dir.
 
-        Raises ValueError where output_dir holds another run that is neither resumed nor to be overwritten.
+        Raises ValueError where output_dir holds another run that is neither resumed nor to be overwritten, SystemExit
+        (143) after a SIGTERM: once a checkpoint is saved, at the end of the step (not with save_strategy="no").
         """
         output_dir = self._output_dir
         with (
+            reasons_recorded(self._resume_hint),
             ckpt.locked(output_dir, self.accelerator) as self._check_lock,
             ckpt.own_rotation(self.args) as self._save_total_limit,
         ):
@@ -415,13 +423,21 @@ class PPOTrainer(Trainer):
                 from klft.ppo.tokens import TokenTables
 
                 self.ppo.tokens = TokenTables(self, output_dir)
-            result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)  # pyright: ignore
+            with self._sigterm.listening():
+                result = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)  # pyright: ignore
             if self.ppo.tokens:
                 self.ppo.tokens.close()
+            if self._sigterm.stopped:
+                ckpt.logger.warning(f"ended by SIGTERM. {self._resume_hint()}")
+                raise SystemExit(143)
             best = self.state.best_model_checkpoint
             if self.args.load_best_model_at_end and best:
                 self._load_value_function(Path(best))
             return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # else a finished run that is resumed: one step too many
+            super()._run_epoch(*args, **kwargs)
 
     def _run_settings(self, step: int) -> dict[str, Any]:
         """Settings that must not change between a checkpoint and the run that continues it."""
@@ -452,7 +468,8 @@ class PPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
         self._check_lock()
-        with ckpt.writing(self, final, self._run, self._save_total_limit) as folder:
+        writing = ckpt.writing(self, final, self._run, self._save_total_limit)
+        with saving(final, self._resume_hint), writing as folder:
             super()._save_checkpoint(model, trial)
             state = self.ppo
             if state.cycle.rollout is not None:
@@ -474,7 +491,7 @@ class PPOTrainer(Trainer):
         state = ckpt.read_state(folder)
         done, wanted = state["step"], self.args.max_steps
         if 0 < wanted <= done:
-            raise ValueError(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
+            ckpt.logger.warning(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
         now = self._run_settings(done)
         changed = resume.check_same_run(folder, state["run"], now, self.args.resume_changes, self.accelerator)
         self._next_prompts = now["next_prompts"]
