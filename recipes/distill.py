@@ -40,6 +40,7 @@ from transformers import (
 from klft import FrozenReference, LMHead, causal_inputs, hidden_states, linear_divergence, token_logps, token_scores
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
+from klft.exits import exit_codes
 from klft.generation import Completions, sample_completions
 from klft.loading import load_model, load_tokenizer
 from klft.models import check_tokenizers, vocab_size
@@ -369,10 +370,10 @@ def main(distillation: Distillation, language: Language | None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        (settings,) = parse_arguments((Settings,))
-        quiet()
-        accelerator = Accelerator()
-        distillation, language = prepare(settings, accelerator=accelerator)
-    main(distillation, language)
-    accelerator.end_training()
+    with exit_codes():
+        with one_line_errors():
+            (settings,) = parse_arguments((Settings,))
+            quiet()
+            accelerator = Accelerator()
+            distillation, language = prepare(settings, accelerator=accelerator)
+        main(distillation, language)

@@ -29,6 +29,7 @@ from trl import GRPOConfig, GRPOTrainer
 from klft import FixedKL, FrozenReference, KLPenalty, LMHead, causal_inputs, hidden_states, token_scores
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
+from klft.exits import exit_codes
 from klft.generation import sample_completions
 from klft.integrations import KLAnchorMixin
 from klft.loading import load_model, load_tokenizer
@@ -169,11 +170,12 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        (settings,) = parse_arguments((Settings,))
-        check_writable(Path(settings.output_dir) / "none")
-        quiet()
-        processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
-        if settings.processes not in (None, processes):
-            raise ValueError(f"asked for {settings.processes} process(es), got {processes}: launch as shown above")
-    main(settings)
+    with exit_codes():
+        with one_line_errors():
+            (settings,) = parse_arguments((Settings,))
+            check_writable(Path(settings.output_dir) / "none")
+            quiet()
+            processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+            if settings.processes not in (None, processes):
+                raise ValueError(f"asked for {settings.processes} process(es), got {processes}: launch as shown above")
+        main(settings)

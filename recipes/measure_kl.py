@@ -36,6 +36,7 @@ from klft.diagnostics import Metadata, Statistics, score_texts, write_records, w
 from klft.diagnostics.loading import load_models, quiet, read_texts
 from klft.diagnostics.measure import scored_table
 from klft.diagnostics.terminal import summary_table, worst_table
+from klft.exits import exit_codes
 from klft.prompts import Encoded, encode_texts
 
 
@@ -189,7 +190,7 @@ def measure(settings: Settings, state: PartialState, comparison: Comparison) -> 
 
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as scratch:
+    with exit_codes(), TemporaryDirectory() as scratch:
         with one_line_errors():
             (settings,) = parse_arguments((Settings,))
             quiet()
@@ -200,4 +201,3 @@ if __name__ == "__main__":
             check_settings(settings, state)
             comparison = load_comparison(settings, state)
         measure(settings, state, comparison=comparison)
-        state.destroy_process_group()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import klft
 from klft.arguments import one_line_errors, parse_arguments
+from klft.exits import exit_codes
 
 try:
     from matplotlib import pyplot as plt
@@ -244,6 +245,6 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exit_codes(), one_line_errors():
         (settings,) = parse_arguments((Settings,))
         main(settings)

@@ -26,8 +26,9 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 from klft import PPOConfig, PPOTrainer
 from klft.arguments import one_line_errors, parse_arguments
 from klft.diagnostics.loading import read_prompts
+from klft.exits import exit_codes
 from klft.loading import load_model, load_tokenizer
-from klft.ppo import RewardModel, check_output_dir
+from klft.ppo import RewardModel, check_output_dir, finished_run
 
 TABLE_ROWS = 14
 
@@ -62,6 +63,10 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
         args.max_steps = 2 * args.steps_per_rollout
     # The trainer looks at output_dir only when it trains; an error is worth more before the models are loaded.
     check_output_dir(args)
+    if done := finished_run(args):
+        if args.process_index == 0:
+            print(done)
+        sys.exit(0)
 
     # So are prompts that cannot be read: a file (.txt, .csv, .jsonl, .parquet ...) or a dataset by name.
     train_prompts, evaluation_prompts = None, None
@@ -175,7 +180,8 @@ def main(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        script, args, model_args = parse_arguments((RecipeArguments, PPOConfig, ModelConfig))
-        trainer = prepare(script, args=args, model_args=model_args)
-    main(trainer)
+    with exit_codes():
+        with one_line_errors():
+            script, args, model_args = parse_arguments((RecipeArguments, PPOConfig, ModelConfig))
+            trainer = prepare(script, args=args, model_args=model_args)
+        main(trainer)

@@ -37,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from klft import FixedKL, FrozenReference, KLPenalty, token_logps
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet
+from klft.exits import exit_codes
 from klft.integrations import KLAnchorMixin
 from klft.loading import load_model
 from klft.prompts import pad
@@ -300,10 +301,13 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        (settings,) = parse_arguments((Settings,))
-        if not settings.directions or not set(settings.directions) <= {"forward", "reverse"} or settings.seeds < 1:
-            raise ValueError(f"directions: forward, reverse; seeds >= 1; got {settings.directions}, {settings.seeds}")
-        check_writable(Path(settings.output_dir) / "sft_anchor.png")
-        quiet()
-    main(settings)
+    with exit_codes():
+        with one_line_errors():
+            (settings,) = parse_arguments((Settings,))
+            if not settings.directions or not set(settings.directions) <= {"forward", "reverse"} or settings.seeds < 1:
+                raise ValueError(
+                    f"directions: forward, reverse; seeds >= 1; got {settings.directions}, {settings.seeds}"
+                )
+            check_writable(Path(settings.output_dir) / "sft_anchor.png")
+            quiet()
+        main(settings)

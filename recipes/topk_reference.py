@@ -40,6 +40,7 @@ from klft import (
 )
 from klft.arguments import check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
+from klft.exits import exit_codes
 from klft.generation import sample_completions
 from klft.loading import load_model, load_tokenizer
 from klft.prompts import encode_prompts, pad, pad_id
@@ -212,10 +213,11 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        (settings,) = parse_arguments((Settings,))
-        if not settings.ks or min(settings.ks) < 1 or settings.steps < 2 * settings.eval_steps:
-            raise ValueError(f"needs ks >= 1 and two evaluations; got {settings.ks}, {settings.steps} steps")
-        check_writable(Path(settings.output_dir) / "topk_reference.png")
-        quiet()
-    main(settings)
+    with exit_codes():
+        with one_line_errors():
+            (settings,) = parse_arguments((Settings,))
+            if not settings.ks or min(settings.ks) < 1 or settings.steps < 2 * settings.eval_steps:
+                raise ValueError(f"needs ks >= 1 and two evaluations; got {settings.ks}, {settings.steps} steps")
+            check_writable(Path(settings.output_dir) / "topk_reference.png")
+            quiet()
+        main(settings)

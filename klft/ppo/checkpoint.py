@@ -265,6 +265,17 @@ def check_writable(args: "PPOConfig") -> None:
         ) from error
 
 
+def finished_run(args: "PPOConfig") -> str | None:
+    """For a run to resume that is at `max_steps` already, a line that says so: a loop that restarts it may end."""
+    folder = resolve_checkpoint(Path(args.output_dir or "."), args.resume_from_checkpoint)
+    step = read_state(folder)["step"] if folder and args.max_steps > 0 else -1
+    return (
+        f"{folder} is at step {step} of {args.max_steps}: nothing is left to train"
+        if step >= args.max_steps > 0
+        else None
+    )
+
+
 def claim(output_dir: Path, resumed: Path | None, accelerator: Accelerator, *, overwrite: bool) -> None:
     """Make output_dir this run's: empty, or resumed, or emptied. Raises ValueError, on all ranks, for another run's."""
 

@@ -491,7 +491,7 @@ class PPOTrainer(Trainer):
         state = ckpt.read_state(folder)
         done, wanted = state["step"], self.args.max_steps
         if 0 < wanted <= done:
-            ckpt.logger.warning(f"{folder} is at step {done} of max_steps={wanted}: there is nothing left to train")
+            ckpt.logger.warning(f"{folder} is at step {done} of {wanted}: nothing is left to train")
         now = self._run_settings(done)
         changed = resume.check_same_run(folder, state["run"], now, self.args.resume_changes, self.accelerator)
         self._next_prompts = now["next_prompts"]
