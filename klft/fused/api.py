@@ -12,8 +12,9 @@ A head is a klft.heads.LMHead, whole or this process's rows (klft.sharding). All
 
 Over processes all ranks of the head's group call together. Under tensor parallelism they hold the same loss; with
 data-parallel tokens (`VocabShard.own_tokens`) each gets its own tokens' result, and gradients are those of the sum of
-the ranks' losses. An error about one rank's input is raised on that rank, before its first collective: the others wait
-until the process group times out.
+the ranks' losses. There an error about one rank's input (a ValueError) is raised on that rank, and on the others one
+that names the rank: the first collective says so. An error elsewhere, in loss_fn say, leaves the others waiting until
+that process ends.
 
 On a CPU several Python threads share the work; a FLOP counter or a profiler that watches only its own thread sees all
 of it under torch.set_num_threads(1).
@@ -77,8 +78,34 @@ def plan_of(
     ref_head: LMHead | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
+    per_token: Sequence[Tensor] = (),
 ) -> FusedPlan:
     """Checked inputs, cut. Raises ValueError for shapes, vocabularies, ids and temperatures that cannot be right."""
+    comm = Collectives(head.shard)
+    try:
+        policy, reference, token_ids = _checked(hidden, head, token_ids, ref_hidden, ref_head, temperature)
+        _check_per_token(per_token, len(token_ids))
+        chosen = _backend(backend, hidden.device)
+    except ValueError:
+        comm.refuse(hidden.device)  # the others wait for this rank in `agree`
+        raise
+    wants_grad = [
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, head.weight, head.bias)
+    ]
+    if policy.acc_dtype != torch.float32:
+        chosen = torch_backend  # Triton's kernels are fp32
+    return make_plan(policy, reference, token_ids, comm, chosen, wants_grad)
+
+
+def _checked(
+    hidden: Tensor,
+    head: LMHead,
+    token_ids: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_head: LMHead | None,
+    temperature: float,
+) -> tuple[ModelSide, ModelSide | None, Tensor]:
+    """(policy, reference, token ids [N]); -1 where no token's logp is asked for."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
     if (ref_hidden is None) != (ref_head is None):
@@ -86,7 +113,7 @@ def plan_of(
     n = hidden.shape[0] if token_ids is None else token_ids.shape[0]
     _check_hidden(hidden, head, "the policy", n)
     if token_ids is None:
-        token_ids = torch.full((n,), -1, device=hidden.device)  # no token's logp is asked for
+        token_ids = torch.full((n,), -1, device=hidden.device)
     else:
         if token_ids.dim() != 1:
             raise ValueError(
@@ -97,13 +124,22 @@ def plan_of(
     if ref_hidden is not None and ref_head is not None:
         _check_hidden(ref_hidden, ref_head, "the reference", n)
         reference = ModelSide(ref_hidden, _same_rows(head, ref_head), temperature, policy.acc_dtype)
-    wants_grad = [
-        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, head.weight, head.bias)
-    ]
-    chosen = _backend(backend, hidden.device)
-    if policy.acc_dtype != torch.float32:
-        chosen = torch_backend  # Triton's kernels are fp32
-    return make_plan(policy, reference, token_ids, Collectives(head.shard), chosen, wants_grad)
+    return policy, reference, token_ids
+
+
+def _check_per_token(per_token: Sequence[Tensor], tokens: int) -> None:
+    for i, t in enumerate(per_token):
+        entries = len(t) if t.dim() else "no"
+        if entries != tokens:
+            raise ValueError(
+                f"fused_token_loss: per_token[{i}] has {entries} entries (shape {list(t.shape)}), and there are "
+                f"{tokens} tokens: give one entry per row of hidden states, per_token[{i}][mask] of one [B, T]"
+            )
+        if t.requires_grad:
+            raise ValueError(
+                f"fused_token_loss: per_token[{i}] requires a gradient, which would be lost: it is a constant here. "
+                "Detach it, or add its part of the loss outside"
+            )
 
 
 def as_head(head: LMHead | nn.Module, role: str) -> LMHead:
@@ -241,19 +277,7 @@ def fused_token_loss(
     gradient would be lost, and for what token_scores refuses.
     """
     hidden, own, theirs = _inputs(hidden, head, ref_head)
-    plan = plan_of(hidden, own, token_ids, ref_hidden, theirs, temperature)
-    for i, t in enumerate(per_token):
-        entries = len(t) if t.dim() else "no"
-        if entries != len(token_ids):
-            raise ValueError(
-                f"fused_token_loss: per_token[{i}] has {entries} entries (shape {list(t.shape)}), and there are "
-                f"{len(token_ids)} tokens: give one entry per row of hidden states, per_token[{i}][mask] of one [B, T]"
-            )
-        if t.requires_grad:
-            raise ValueError(
-                f"fused_token_loss: per_token[{i}] requires a gradient, which would be lost: it is a constant here. "
-                "Detach it, or add its part of the loss outside"
-            )
+    plan = plan_of(hidden, own, token_ids, ref_hidden, theirs, temperature, per_token=per_token)
     constants = tuple(map(_ordinary, per_token))
     leaves = (hidden, own.weight, own.bias)
     if not torch.is_grad_enabled():  # autograd would have the gradients made all the same

@@ -28,11 +28,15 @@ class Collectives:
         """(most tokens of any rank, whether any rank wants hidden's gradient), so that all make the same tiles.
 
         wants_grad: whether hidden, weight and bias ask for a gradient here. One all-gather, data-parallel tokens only.
-        Raises ValueError, on every rank, where some would run a backward and others not: those would wait for ever.
+        Raises ValueError, on every rank, where some would run a backward and others not: those would wait for ever;
+        and where another rank calls `refuse` instead.
         """
         if self.shard is None or not self.dp_tokens:
             return tokens, wants_grad[0]
         ranks = self.shard.all_gather(torch.tensor([tokens, *wants_grad], device=device)).tolist()
+        refused = [rank for rank, (sent, *_) in enumerate(ranks) if sent < 0]
+        if refused:
+            raise ValueError(f"rank(s) {refused} of the group refused their own input: their errors say why")
         wants = [rank[1:] for rank in ranks]
         if any(map(any, wants)) and not (all(map(any, wants)) and all(w[1:] == wants[0][1:] for w in wants)):
             raise ValueError(
@@ -41,6 +45,11 @@ class Collectives:
                 "ranks or on none, and hidden on all."
             )
         return max(rank[0] for rank in ranks), any(w[0] for w in wants)
+
+    def refuse(self, device: torch.device) -> None:
+        """Instead of `agree`, on a rank that raises an error about its input: the others raise too."""
+        if self.shard is not None and self.dp_tokens:
+            self.shard.all_gather(torch.tensor([-1, 0, 0, 0], device=device))
 
     def all_gather(self, t: Tensor) -> Tensor:
         """[*] -> [shards, *], in rank order."""

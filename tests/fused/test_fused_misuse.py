@@ -130,8 +130,13 @@ dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=
 shard = klft.VocabShard.even(6, own_tokens=True)
 hidden = torch.ones(3, 2, requires_grad=what != "hidden" or rank == 0)
 weight = torch.ones(3, 2, requires_grad=what == "fine" or (what == "weight" and rank == 0))
+ids = torch.arange(3) + (7 if what == "ids" and rank else 0)
+per_token = [torch.ones(2 if what == "per_token" and rank else 3)]
+if what == "shape" and rank:
+    hidden = hidden[:2]
 try:
-    loss = klft.fused_token_loss(lambda s: s.entropy.sum(), hidden, klft.LMHead(weight, shard=shard), torch.arange(3))
+    head = klft.LMHead(weight, shard=shard)
+    loss = klft.fused_token_loss(lambda s, _: s.entropy.sum(), hidden, head, ids, per_token=per_token)
     loss.backward()
     print("trained")
 except ValueError as error:
@@ -152,6 +157,15 @@ def test_ranks_that_would_not_meet_in_the_backward_are_told_on_both(what, said, 
     for text in both_ranks(tmp_path, what):
         assert said in text
         assert "on all ranks or on none" in text
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("ids", "token_ids"), ("per_token", "per_token[0] has 2 entries"), ("shape", "[N, D] = [3, 2]")]
+)
+def test_a_wrong_input_of_one_rank_is_an_error_on_both(what, said, tmp_path):
+    first, second = both_ranks(tmp_path, what)
+    assert "rank(s) [1] of the group refused their own input" in first
+    assert said in second
 
 
 def test_ranks_that_meet(tmp_path):
