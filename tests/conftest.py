@@ -1,5 +1,6 @@
-"""What every test shares: no hub, few threads, and the processes-on-CPU switch of accelerate."""
+"""What every test shares: no hub, few threads, the processes-on-CPU switch of accelerate; how tests are run."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,3 +12,26 @@ import torch
 
 pytest.register_assert_rewrite("support")
 torch.set_num_threads(int(os.environ.get("KLFT_TEST_THREADS", "1")))
+
+
+def pytest_addoption(parser, pluginmanager):
+    if not pluginmanager.hasplugin("xdist"):  # -p no:xdist: nobody else would know the options in pyproject.toml
+        parser.addoption("--numprocesses")
+        parser.addoption("--dist")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One process per core that this one may use, eight at most, as each takes a gigabyte; a single file is run here,
+    since it takes a second process longer to start than most files take."""
+    named = config.option.file_or_dir
+    if len(named) == 1 and named[0].split("::")[0].endswith(".py"):
+        return 0
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(len(usable(0)) if usable else os.cpu_count() or 1, 8)
+
+
+def pytest_collection_finish():
+    """Each `train()` looks for garbage among all there is. What is imported by now is none; to pass it over halves the
+    time of a test that trains."""
+    gc.freeze()

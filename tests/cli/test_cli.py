@@ -2,10 +2,8 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from support import oracles, tiny
+from support.processes import launch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -115,6 +114,18 @@ def test_one_line_and_exit_code_two(capsys, monkeypatch):
         raise ValueError("kept")
 
 
+def error_of(name, arguments, monkeypatch, capsys):
+    """The one line that a recipe ends with. It is run here: a process of its own would import for seconds."""
+    recipe = RECIPES / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(recipe.with_suffix(".yaml")), *arguments])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = re.findall(r"^error: .*$", capsys.readouterr().err, re.M)
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -137,17 +148,11 @@ def test_one_line_and_exit_code_two(capsys, monkeypatch):
         ),
     ],
 )
-def test_the_recipe_ends_with_one_line(tmp_path, arguments, said):
+def test_the_recipe_ends_with_one_line(tmp_path, arguments, said, monkeypatch, capsys):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "a"}\n' * 64)
-    command = [sys.executable, str(RECIPES / "ppo_reviews.py"), "--config", str(RECIPES / "ppo_reviews.yaml")]
-    command += ["--output_dir", str(tmp_path / "out"), *(a.format(data=data) for a in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert "Traceback" not in done.stderr
+    given = ["--output_dir", str(tmp_path / "out"), *(a.format(data=data) for a in arguments)]
+    assert said in error_of("ppo_reviews", given, monkeypatch, capsys)
 
 
 # --- klft report, klft diff ------------------------------------------------------------------------------------------
@@ -424,25 +429,18 @@ def test_help_loads_nothing_that_takes_long():
 # --- recipes/measure_kl.py -------------------------------------------------------------------------------------------
 
 
-def measured(tmp_path, processes):
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--main_process_port", port]
+def test_the_recipe_measures_the_same_on_one_process_and_on_two(tmp_path, monkeypatch, capsys):
     recipe = RECIPES / "measure_kl.py"
-    command += [recipe, "--config", recipe.with_suffix(".yaml"), "--smoke", "--output_dir", tmp_path / str(processes)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += ["--processes", str(processes), "--max_texts", "31"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=200)
+    given = [str(recipe), "--config", recipe.with_suffix(".yaml"), "--smoke", "--max_texts", "31"]
+    alone = [*given, "--output_dir", tmp_path / "1", "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", list(map(str, alone)))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    runpy.run_path(str(recipe), run_name="__main__")
+    done = launch(*given, "--output_dir", tmp_path / "2", "--processes", "2", timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout, *read_records(tmp_path / str(processes))
-
-
-def test_the_recipe_measures_the_same_on_one_process_and_on_two(tmp_path):
-    (one, table, metadata), (two, other, _) = measured(tmp_path, 1), measured(tmp_path, 2)
+    one, two = capsys.readouterr().out, done.stdout
+    (table, metadata), (other, _) = (read_records(tmp_path / n) for n in "12")
     for name in ("sample_id", "position", "token_id", "rank", "token"):
         assert table[name].to_pylist() == other[name].to_pylist()
     for name in ("reverse_kl", "forward_kl", "logp", "ref_logp"):
@@ -476,11 +474,5 @@ def test_the_recipe_says_that_it_writes_no_file(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_measuring_recipe_ends_with_one_line(arguments, said, tmp_path, monkeypatch, capsys):
-    recipe = RECIPES / "measure_kl.py"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(recipe.with_suffix(".yaml")), *arguments])
-    monkeypatch.syspath_prepend(str(RECIPES))
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(recipe), run_name="__main__")
-    assert ended.value.code == 2
-    assert re.search(rf"^error: .*{re.escape(said)}", capsys.readouterr().err, re.M)
+    assert said in error_of("measure_kl", arguments, monkeypatch, capsys)

@@ -1,9 +1,9 @@
 """Names of klft 0.1 still work, with a DeprecationWarning that names the new one; and how long an import takes."""
 
 import importlib
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -56,19 +56,24 @@ def test_the_old_keyword_of_estimate_kl():
     assert torch.equal(old, klft.estimate_kl(logp, ref_logp, estimator="k3"))
 
 
-def seconds(*command):
-    """The fastest of three runs: what else the machine does only adds."""
-    times = []
+def cpu_seconds(*command):
+    """Of the thriftiest of three runs. Not the time that passes: other processes, such as other tests, take theirs."""
+    spent = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(spent)
 
 
 def test_help_is_there_at_once():
-    assert seconds("-m", "klft.cli", "--help") < 0.5
+    assert cpu_seconds("-m", "klft.cli", "--help") < 0.3
 
 
 def test_importing_klft_takes_no_longer_than_torch():
-    assert seconds("-c", "import klft; klft.reverse_kl") < seconds("-c", "import torch") + 0.2
+    """What klft takes on top of torch, measured in one process."""
+    code = "import time, torch; start = time.process_time(); import klft; klft.reverse_kl"
+    code += "; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 0.2

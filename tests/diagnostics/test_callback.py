@@ -152,11 +152,13 @@ def test_the_last_rows_are_what_the_trained_model_says(run_and_seen):
 
 def test_completions_run_up_to_and_including_their_end(tmp_path):
     model, found = tiny.llama().eval(), {}
-    for prompt in (f"w{a} w{b}" for a in range(26) for b in range(26)):  # one for each length
-        ids = tiny.tokenizer()(prompt)["input_ids"]
-        with torch.no_grad():
-            while len(ids) < 8 and tiny.EOS not in ids:
-                ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    prompts = [f"w{a} w{b}" for a in range(26) for b in range(26)]
+    rows = torch.tensor(tiny.tokenizer()(prompts)["input_ids"])
+    with torch.no_grad():
+        while rows.shape[1] < 8:
+            rows = torch.cat([rows, model(input_ids=rows).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    for prompt, ids in zip(prompts, rows.tolist(), strict=True):  # one for each length
+        ids = ids[: [*ids, tiny.EOS].index(tiny.EOS) + 1]
         found.setdefault(len(ids), (prompt, ids))
     assert set(found) == {3, 4, 5, 6, 7, 8}
     watched(tmp_path, tiny.llama(5), [prompt for prompt, _ in found.values()], learning_rate=0.0, max_steps=1)
