@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import tiny
+from support import pings, tiny
 
-from klft import doctor
+from klft import cli, doctor
 
 
 def run(*arguments):
@@ -42,8 +42,6 @@ def test_a_healthy_machine_and_model(tmp_path):
 
 
 def test_a_problem_ends_it_with_1_and_says_what_to_do(tmp_path, monkeypatch, capsys):
-    from klft import cli
-
     monkeypatch.setattr(doctor, "environment", list)
     model, other = saved(tmp_path / "model", tiny.llama()), saved(tmp_path / "other", tiny.llama(seed=5))
     monkeypatch.setattr(sys, "argv", ["klft", "doctor", str(model), "--reference", str(other)])
@@ -88,9 +86,12 @@ def test_an_adapter_with_biases_is_refused(tmp_path):
         (["x", "--reference", "y", "--adapter"], "leave --reference out"),
     ],
 )
-def test_usage(arguments, message):
-    code, text, errors = run(*arguments)
-    assert (code, text) == (2, "")
+def test_usage(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["klft", "doctor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    text, errors = capsys.readouterr()
+    assert (ended.value.code, text) == (2, "")
     assert message in errors
     assert len(errors.splitlines()) == 1
 
@@ -114,18 +115,8 @@ def test_a_full_disk_is_a_problem(monkeypatch, tmp_path):
     assert str(tmp_path) in check.text
 
 
-def dies(rank, folder):
-    raise RuntimeError(f"rank {rank} has no network")
-
-
-def hangs(rank, folder):
-    import time
-
-    time.sleep(60)
-
-
 @pytest.mark.parametrize(
-    ("ping", "seconds", "message"), [(dies, 120, "has no network"), (hangs, 2, "no answer after 2 s")]
+    ("ping", "seconds", "message"), [(pings.dies, 120, "has no network"), (pings.hangs, 2, "no answer after 2 s")]
 )
 def test_processes_that_cannot_meet(monkeypatch, ping, seconds, message):
     monkeypatch.setattr(doctor, "_ping", ping)
