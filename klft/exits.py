@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 GRACE = 3.0  # seconds that a call which took too long has to give way, before the process is ended around it
@@ -92,18 +92,34 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nerror: interrupted (Ctrl-C)", file=sys.stderr)
-        leave(130)
+        _leave_group(130)
+        sys.exit(130)
     except SystemExit as ended:
-        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        _leave_group(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        raise
     except BaseException:
-        traceback.print_exc()
-        leave(1)
+        if _process_group():
+            traceback.print_exc()
+        _leave_group(1)
+        raise
+
+
+def _process_group() -> Any:
+    """torch.distributed if it has a process group, else None."""
+    dist = sys.modules.get("torch.distributed")  # whoever made a group has imported it
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def _leave_group(code: int) -> None:
+    """`leave(code)`, if there is a process group; else nothing: the interpreter ends as it always does."""
+    if _process_group():
+        leave(code)
 
 
 def end_process_group() -> None:
     """Destroy torch's process group, if there is one."""
-    dist = sys.modules.get("torch.distributed")  # whoever made a group has imported it
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    dist = _process_group()
+    if dist:
         dist.destroy_process_group()
 
 
