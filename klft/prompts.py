@@ -123,12 +123,42 @@ def _render(tokenizer: "PreTrainedTokenizerBase", prompt: list[dict[str, Any]], 
 # ---- prompts and completions ----------------------------------------------------------------------------------------
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids of a text, with the tokenizer's special tokens; one BOS where the text begins with it already."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    twice = bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token))
+CHARACTERS = 32  # per token that is wanted: what lies beyond is tokenised only where that was too few
+MARGIN = 16  # tokens next to a cut, which may be others than in the whole text
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
+    """Token ids of a text, `special`: with the tokenizer's special tokens; one BOS where it begins with it already."""
+    ids: Any = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    bos: Any = tokenizer.bos_token_id
+    twice = special and bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token))
     return ids[1:] if twice else ids
+
+
+def _tokenize_start(tokenizer: "PreTrainedTokenizerBase", text: str, wanted: int, special: bool = True) -> list[int]:
+    """Token ids of a text; of one too long, more than the first `wanted`, without looking at all of it."""
+    size = CHARACTERS * (wanted + MARGIN)
+    while size < len(text):
+        ids = _tokenize(tokenizer, text[:size], special)
+        if len(ids) > wanted + MARGIN:
+            return ids
+        size *= 8
+    return _tokenize(tokenizer, text, special)
+
+
+def _tokenize_end(
+    tokenizer: "PreTrainedTokenizerBase", text: str, wanted: int | None, special: bool = True
+) -> list[int]:
+    """Token ids of a text; of one too long, more than the last `wanted` (None: all), and its BOS."""
+    size = len(text) if wanted is None else CHARACTERS * (wanted + MARGIN)
+    while size < len(text):
+        ids = _tokenize(tokenizer, text[-size:], special)
+        if len(ids) > (wanted or 0) + MARGIN:
+            bos = tokenizer.bos_token_id
+            lost = isinstance(bos, int) and ids[0] != bos and text.startswith(str(tokenizer.bos_token))
+            return [bos, *ids] if lost else ids
+        size *= 8
+    return _tokenize(tokenizer, text, special)
 
 
 def cut_prompt(tokenizer: "PreTrainedTokenizerBase", ids: list[int], max_length: int | None) -> list[int]:
@@ -140,15 +170,21 @@ def cut_prompt(tokenizer: "PreTrainedTokenizerBase", ids: list[int], max_length:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: Mapping[str, Any] | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    template: Mapping[str, Any] | None = None,
+    wanted: int | None = None,
 ) -> list[int]:
-    """A string, or messages that an assistant would answer, as token ids. `template`: see template_arguments."""
+    """A string, or messages that an assistant would answer, as token ids. `template`: see template_arguments.
+
+    `wanted`: of a longer prompt more than the last so many tokens will do, after its BOS.
+    """
     if isinstance(prompt, str):
-        ids = _tokenize(tokenizer, prompt)
+        ids = _tokenize_end(tokenizer, prompt, wanted)
         appended = bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
         return ids[:-1] if appended else ids  # a prompt goes on: some tokenizers end every text
     text = _render(tokenizer, prompt, template or {})
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template has written them
+    return _tokenize_end(tokenizer, text, wanted, special=False)  # the template has written them
 
 
 def encode_prompts(
@@ -163,7 +199,7 @@ def encode_prompts(
     """
     rows = []
     for prompt, template in zip(prompts, templates or [{}] * len(prompts), strict=True):
-        ids = encode_prompt(tokenizer, prompt, template)
+        ids = encode_prompt(tokenizer, prompt, template, max_length)
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
         rows.append(cut_prompt(tokenizer, ids, max_length))
@@ -253,7 +289,7 @@ def encode_texts(
     encoded = Encoded([], [], [])
     cut = 0
     for number, text in enumerate(texts):
-        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number, template)
+        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number, template, max_length)
         if min(ids, default=0) < 0:
             raise ValueError(f"text {number}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
@@ -275,14 +311,14 @@ def encode_texts(
     return encoded
 
 
-def _encode(tokenizer: Any, text: Any, number: int, template: Any) -> tuple[list[int], int]:
-    """(ids, tokens of the prompt)."""
+def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) -> tuple[list[int], int]:
+    """(ids, tokens of the prompt); more than the first `wanted` of a long text."""
     if isinstance(text, str):
         text = {"text": text}
     if isinstance(text.get("text"), str):
-        return (_tokenize(tokenizer, text["text"]) if text["text"].strip() else []), 0
+        return (_tokenize_start(tokenizer, text["text"], wanted) if text["text"].strip() else []), 0
     try:
-        return _encode_pair(tokenizer, text, template)
+        return _encode_pair(tokenizer, text, template, wanted)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"text {number} is neither a text, nor a prompt and its completion, nor messages that end with the "
@@ -290,7 +326,7 @@ def _encode(tokenizer: Any, text: Any, number: int, template: Any) -> tuple[list
         ) from error
 
 
-def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any) -> tuple[list[int], int]:
+def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any, wanted: int) -> tuple[list[int], int]:
     from trl import apply_chat_template, is_conversational
 
     arguments = template_arguments(text, template)
@@ -299,17 +335,16 @@ def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any) -> tuple[l
         if last["role"] != "assistant":
             raise ValueError(f"the last message's role is {last['role']!r}")
         text = {"prompt": before, "completion": [last]}
-    pair, options = {"prompt": text["prompt"], "completion": text["completion"]}, {}
-    if is_conversational(pair):
-        messages = {"messages": join_turns(pair["prompt"], pair["completion"])}
+    pair = {"prompt": text["prompt"], "completion": text["completion"]}
+    messages = bool(is_conversational(pair))
+    if messages:
+        whole = {"messages": join_turns(pair["prompt"], pair["completion"])}
         prompt_text, whole_text = (
             _render(tokenizer, pair["prompt"], arguments),
-            apply_chat_template(messages, tokenizer, **arguments)["text"],
+            apply_chat_template(whole, tokenizer, **arguments)["text"],
         )
-        options = {"add_special_tokens": False}
     else:
         prompt_text, whole_text = pair["prompt"], pair["prompt"] + pair["completion"]
-    prompt = tokenizer(prompt_text, verbose=False, **options)["input_ids"]
-    whole = tokenizer(whole_text, verbose=False, **options)["input_ids"]
-    same = [a == b for a, b in zip(prompt, whole, strict=False)]
-    return whole, [*same, False].index(False)
+    prompt, ids = (_tokenize_start(tokenizer, t, wanted, not messages) for t in (prompt_text, whole_text))
+    same = [a == b for a, b in zip(prompt, ids, strict=False)]
+    return ids, [*same, False].index(False)

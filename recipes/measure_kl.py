@@ -157,7 +157,8 @@ def score_local_texts(settings: Settings, state: PartialState, comparison: Compa
     hidden = not (stderr.is_terminal and state.is_main_process)
     count = math.ceil(len(comparison.texts.ids) / settings.batch_size)
     shown = track(batches, description="scoring", total=count, console=stderr, transient=True, disable=hidden)
-    return scored_table(shown, comparison.tokenizer)
+    with one_line_errors(exit_code=1):  # NaN weights, ids that are cut and no padding
+        return scored_table(shown, comparison.tokenizer)
 
 
 def measure(settings: Settings, state: PartialState, comparison: Comparison) -> None:

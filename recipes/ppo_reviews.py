@@ -29,6 +29,7 @@ from klft.diagnostics.loading import read_prompts
 from klft.exits import exit_codes
 from klft.loading import load_model, load_tokenizer
 from klft.ppo import RewardModel, check_output_dir, finished_run
+from klft.writing import visible
 
 TABLE_ROWS = 14
 
@@ -51,7 +52,13 @@ def load_reward(script: RecipeArguments, world: Path) -> Any:
     if ":" not in script.reward or Path(script.reward).exists():  # a path may have a colon in it too
         return RewardModel(script.reward, label=script.reward_label)
     sys.path.insert(0, str(Path.cwd()))  # so that my_module.py may lie where the recipe is launched
-    return pkgutil.resolve_name(script.reward)
+    try:
+        return pkgutil.resolve_name(script.reward)
+    except SyntaxError as error:
+        raise ImportError(f"--reward {script.reward}: {error.filename}:{error.lineno}: {error.msg}") from error
+    except SystemExit as error:
+        reason = "keep what it does as a script under `if __name__ == '__main__':`"
+        raise ImportError(f"--reward {script.reward}: its module exits (code {error.code}): {reason}") from error
 
 
 def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -> PPOTrainer:
@@ -140,13 +147,15 @@ def samples_table(trainer: Any, reference: str, prompts: list[str]) -> Table:
         outputs = generator(prompts, max_new_tokens=32, do_sample=True, top_k=0, return_full_text=False)
         texts = [output[0]["generated_text"] for output in outputs]
         scores = trainer.reward_funcs[0](prompts=prompts, completions=texts, completion_ids=None)
-        cells_by_model.append([(Text(text.strip()), f"{score:.2f}") for text, score in zip(texts, scores, strict=True)])
+        # A policy may write what a terminal would obey.
+        shown = [Text(visible(text.strip())) for text in texts]
+        cells_by_model.append([(text, f"{score:.2f}") for text, score in zip(shown, scores, strict=True)])
 
     table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
     for name in ("prompt", "the reference", "score", "the policy", "score"):
         table.add_column(name)
     for prompt, reference_cells, policy_cells in zip(prompts, *cells_by_model, strict=True):
-        table.add_row(Text(prompt), *reference_cells, *policy_cells)
+        table.add_row(Text(visible(prompt)), *reference_cells, *policy_cells)
     return table
 
 

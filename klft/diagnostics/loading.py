@@ -122,7 +122,11 @@ def read_texts(
             raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. Name one with `column`")
         more = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
         rows = rows.select_columns([*columns, *more]).select(range(min(max_texts or len(rows), len(rows))))
-        texts = list(rows) if len(columns) > 1 else [_cell(row, columns[0]) for row in rows]
+        texts = (
+            list(rows)
+            if len(columns) > 1
+            else [_cell(row, columns[0], f"{name}: row {i}") for i, row in enumerate(rows)]
+        )
     if not texts:
         raise ValueError(f"{name} is empty: there is no text in it")
     return texts
@@ -148,9 +152,11 @@ def _has_lines(path: Path) -> bool:
     return path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in BUILDERS)
 
 
-def _cell(row: dict[str, Any], column: str) -> Any:
+def _cell(row: dict[str, Any], column: str, where: str) -> Any:
     value = row.pop(column)
-    return {"messages": value} | row if isinstance(value, list) else "" if value is None else str(value)
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"{where}: {column!r} must be text or messages, got a {type(value).__name__}, {value!r:.80}")
+    return {"messages": value} | row if isinstance(value, list) else value or ""
 
 
 def _lines(path: Path) -> list[str]:

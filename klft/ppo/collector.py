@@ -115,7 +115,8 @@ class RolloutCollector:
     def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list, dict]:
         """(completions, terminated [B], completions as the reward functions see them, which prompts were cut)."""
         prompts, device, tokenizer = [row["prompt"] for row in rows], self.accelerator.device, self.tokenizer
-        whole, limit = encode_prompts(tokenizer, prompts, None, self._templates(rows)), self.args.max_prompt_length
+        limit = self.args.max_prompt_length  # one token more says which prompts are cut
+        whole = encode_prompts(tokenizer, prompts, limit and limit + 1, self._templates(rows))
         kept = [cut_prompt(tokenizer, row, limit) for row in whole]
         ids, mask = pad(kept, pad_id(tokenizer))
         policy = self.accelerator.unwrap_model(model)

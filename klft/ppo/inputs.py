@@ -321,11 +321,13 @@ def check_lengths(
         [row["prompt"] for row in rows],
         [template_arguments(r, args.chat_template_kwargs) for r in rows],
     )
-    encoded = encode_prompts(tokenizer, prompts, args.max_prompt_length, templates)
+    most = args.max_prompt_length or 100 * max(left, 1)  # a text of 100 MB is not tokenised to be refused
+    encoded = encode_prompts(tokenizer, prompts, most, templates)
     longest = max(map(len, encoded), default=0)
     if longest > left:
+        up_to = "at least" if args.max_prompt_length is None and longest == most else "up to"
         raise ValueError(
-            f"prompts of up to {longest} tokens and max_completion_length = {args.max_completion_length} make "
+            f"prompts of {up_to} {longest} tokens and max_completion_length = {args.max_completion_length} make "
             f"{longest + args.max_completion_length}, and the {role} has {known[role]} positions. Set "
             f"max_prompt_length to at most {max(left, 1)}, or make max_completion_length smaller."
         )
