@@ -34,6 +34,7 @@ ARRAYS = TENSORS | {"torch.distributed"}
 MODELS = ARRAYS | {"transformers", "peft"}
 TRAINING = MODELS | {
     "accelerate", "datasets", "trl", "jinja2", "matplotlib", "numpy", "pyarrow", "rich", "safetensors", "filelock",
+    "xxhash",
 }  # fmt: skip
 OUTSIDE = {
     0: TENSORS,

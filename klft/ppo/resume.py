@@ -181,8 +181,8 @@ def _changes(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: 
     if unknown := allowed - now.keys():
         raise ValueError(f"resume_changes: {', '.join(sorted(unknown))} is no setting that a resumed run is held to")
     changed = {name for name in now if name in saved and saved[name] != now[name]}
-    if changed & allowed & _ORDER:
-        allowed = allowed | {"next_prompts"}
+    if changed & _ORDER:
+        changed.discard("next_prompts")  # it follows
     refused = sorted(changed - (allowed - FIXED))
     if refused:
         told = "; ".join(f"{name}: {saved[name]!r} in the checkpoint, {now[name]!r} now" for name in refused)
@@ -206,5 +206,7 @@ class ScaleLearningRate(TrainerCallback):
     ) -> None:
         for group in optimizer.param_groups:
             group.update({key: group[key] * self.factor for key in ("lr", "initial_lr") if key in group})
-        lr_scheduler.base_lrs = [lr * self.factor for lr in lr_scheduler.base_lrs]
+        held = lr_scheduler.state_dict()
+        scaled = {k: [lr * self.factor for lr in held[k]] for k in ("base_lrs", "_last_lr") if k in held}
+        lr_scheduler.load_state_dict(held | scaled)
         self.factor = 1.0

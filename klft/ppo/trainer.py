@@ -72,6 +72,7 @@ class PPOTrainer(Trainer):
     Raises ValueError / TypeError for inputs that cannot work, before anything is trained.
     """
 
+    args: PPOConfig
     loss_is_scaled_for_ga = True
     _gradient_seen = _ratio_seen = _tested = False  # what is checked once, before and at the first micro-batch
     _self_test_seconds, _starts_equal = 0.0, None
@@ -140,7 +141,6 @@ class PPOTrainer(Trainer):
             reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer,
         )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
-        self._known = resume.models_and_data(model, self.penalty, reward_funcs, train_dataset, optimizers[0])
 
     # ---- the generation cycle --------------------------------------------------------------------------------
 
@@ -414,6 +414,8 @@ class PPOTrainer(Trainer):
             if self._claimed != output_dir:  # a second call goes on in its own
                 ckpt.claim(output_dir, folder, self.accelerator, overwrite=self.args.overwrite_output_dir)
                 self._claimed, self._run = output_dir, ckpt.run_id(folder)
+                rest: Any = self.train_dataset, self.optimizer
+                self._known = resume.models_and_data(self._policy, self.penalty, self.reward_funcs, *rest)
             set_seed(self.args.seed + self._data_rank)
             if folder is not None:
                 self._load_state(folder)
