@@ -22,7 +22,7 @@ parser.add_argument("--output_dir", default="runs/rloo")
 parser.add_argument("--max_steps", type=int, default=40)
 given = parser.parse_args()
 
-# A model and its tokenizer.
+torch.manual_seed(0)  # a model that is made here is the same on every process
 if given.model_name_or_path:
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=False)
     policy = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="float32", trust_remote_code=False)
@@ -54,7 +54,7 @@ trainer = RLOOTrainer(
 )
 kl.bind(trainer)
 trainer.train()
-
 for log in trainer.state.log_history[:-1]:
     good, nats, coef = log["rewards/says_good/mean"], log["kl/sequence/reverse/mean"], log["kl/coef"]
     print(f"step {log['step']:3}: good {good:.2f}, KL {nats:.3f} nats per completion, coefficient {coef:.4f}")
+trainer.accelerator.end_training()  # the end of a process group, if there is one

@@ -22,7 +22,7 @@ parser.add_argument("--output_dir", default="runs/sft")
 parser.add_argument("--max_steps", type=int, default=40)
 given = parser.parse_args()
 
-# A model and its tokenizer.
+torch.manual_seed(0)  # a model that is made here is the same on every process
 if given.model_name_or_path:
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(given.model_name_or_path, dtype="float32", trust_remote_code=False)
@@ -57,3 +57,4 @@ trainer.train()
 for log in trainer.state.log_history[:-1]:
     print(f"step {log['step']:3}: loss {log['loss']:.3f}, KL {log['kl/forward/mean']:.4f} nats per token")
 print(f"every token's KL, to look at: {given.output_dir}/kl/report.html")
+trainer.accelerator.end_training()  # the end of a process group, if there is one
