@@ -155,8 +155,9 @@ def _tokenize_end(
         ids = _tokenize(tokenizer, text[-size:], special)
         if len(ids) > (wanted or 0) + MARGIN:
             bos = tokenizer.bos_token_id
-            lost = isinstance(bos, int) and ids[0] != bos and text.startswith(str(tokenizer.bos_token))
-            return [bos, *ids] if lost else ids
+            if isinstance(bos, int) and ids[0] != bos and text.startswith(str(tokenizer.bos_token)):
+                return [bos, *ids]
+            return ids
         size *= 8
     return _tokenize(tokenizer, text, special)
 
