@@ -44,8 +44,8 @@ _LEFTOVER = re.compile(r"tmp-(replaced-)?checkpoint-\d+")
 
 
 def checksum(path: Path) -> str:
-    """XXH3 of a file's bytes: 4 to 5 GB/s on one core, where zlib.crc32 does 0.8 to 1.0."""
-    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(1 << 22))
+    """XXH3 of a file's bytes: 2.3 GB per second of one core, reading included; zlib.crc32 does 1.3."""
+    digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])

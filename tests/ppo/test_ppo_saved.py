@@ -120,7 +120,7 @@ def as_klft_0_1_wrote_it(folder, kind):
     if kind == "adapter":
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["v_head"]}))
-    commit(folder, final)
+    commit(folder, final, "the same")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +139,7 @@ def test_a_checkpoint_without_a_value_function_is_refused(tmp_path):
     start(tmp_path, "head", 3).train()
     folder = opened(tmp_path / "checkpoint-3")
     (folder / VALUE_FILE).unlink()
-    commit(folder, tmp_path / "checkpoint-3")
+    commit(folder, tmp_path / "checkpoint-3", "the same")
     with pytest.raises(ValueError, match="checkpoint-3 holds no value function"):
         start(tmp_path, "head", 5).train(resume_from_checkpoint=True)
 
