@@ -44,7 +44,7 @@ def committed(folder):
     unfinished = folder / "tmp-checkpoint-1"
     unfinished.mkdir(exist_ok=True)
     (unfinished / "weights").write_bytes(b"x")
-    checkpoint.commit(unfinished, folder / "checkpoint-1")
+    checkpoint.commit(unfinished, folder / "checkpoint-1", "a run")
     return folder / "checkpoint-1"
 
 
