@@ -21,7 +21,6 @@ parser.add_argument("--model_name_or_path")
 parser.add_argument("--output_dir", default="runs/grpo")
 parser.add_argument("--max_steps", type=int, default=40)
 given = parser.parse_args()
-
 torch.manual_seed(0)  # a model that is made here is the same on every process
 if given.model_name_or_path:
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=False)
@@ -56,7 +55,6 @@ trainer = AnchoredGRPOTrainer(
 )
 trainer.train()
 for log in trainer.state.log_history[:-1]:
-    print(
-        f"step {log['step']:3}: good {log['rewards/says_good/mean']:.2f}, KL {log['kl/sequence/reverse/mean']:.3f} nats"
-    )
+    good, nats = log["rewards/says_good/mean"], log["kl/sequence/reverse/mean"]
+    print(f"step {log['step']:3}: good {good:.2f}, KL {nats:.3f} nats per completion")
 trainer.accelerator.end_training()  # the end of a process group, if there is one
