@@ -127,11 +127,9 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,  # pyright: ignore[reportArgumentType] - any scheduler will do
         )
-        self.args: PPOConfig
-        self.add_callback(StopOnNonFiniteGradient(self, self._resume_hint))
-        self.add_callback(FollowPolicy(reference))
         self._sigterm = SaveOnSigterm(self.accelerator, saves=args.save_strategy != "no")
-        self.add_callback(self._sigterm)
+        for callback in (StopOnNonFiniteGradient(self, self._resume_hint), FollowPolicy(reference), self._sigterm):
+            self.add_callback(callback)
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
