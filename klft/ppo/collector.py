@@ -18,7 +18,7 @@ from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
 from klft.ppo.reward_loop import RewardLoop
-from klft.ppo.rewards import RewardFunction, is_judged, score_completions_by
+from klft.ppo.rewards import RewardFunction, is_judged, move_reward_models, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
 from klft.prompts import (
@@ -48,6 +48,9 @@ class RolloutCollector:
     weights: Tensor  # [K], one per reward function
     tokenizer: PreTrainedTokenizerBase
     loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
+
+    def __post_init__(self):
+        move_reward_models(self.reward_funcs, self.args.device)
 
     def reduce(self, t: Tensor) -> Tensor:
         """Sum over processes."""

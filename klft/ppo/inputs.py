@@ -64,6 +64,16 @@ def trainable_policy_weights(policy: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def check_gradient(policy: nn.Module) -> None:
+    """Raise RuntimeError where no trainable weight has a gradient after a backward."""
+    trained = trainable_policy_weights(policy)
+    if all(p.grad is None for p in trained.values()):
+        raise RuntimeError(
+            f"no gradient reaches the policy: of its {len(trained)} trainable tensors ({next(iter(trained))}, ...) "
+            "none has one after the first backward. Does its forward run under no_grad, or through a frozen copy?"
+        )
+
+
 def check_policy_can_move(
     policy: nn.Module, optimizers: tuple[Optimizer | None, LRScheduler | None], adapter_is_new: bool
 ) -> None:

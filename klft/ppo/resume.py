@@ -143,10 +143,13 @@ def check_prompts(
     on_all_ranks(among, check)
 
 
-def run_settings(args: PPOConfig, known: dict[str, Any]) -> dict[str, Any]:
-    """All that a checkpoint is compared by, as JSON has it. `known`: of `models_and_data`."""
+def run_settings(
+    args: PPOConfig, known: dict[str, Any], next_rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """All that a checkpoint is compared by, as JSON has it. `known`: of `models_and_data`; next_rows: of prompts."""
     fields = {name: value for name, value in args.to_dict().items() if not name.startswith(FREE)}
     settings = fields | {"world_size": args.world_size} | _length(args) | known
+    settings["next_prompts"] = hash_prompts(next_rows, tokenizer, args)
     return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
 
 

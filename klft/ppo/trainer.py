@@ -38,7 +38,6 @@ from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
 from klft.ppo.rewards import (
     RewardFunctions,
     as_reward_functions,
-    move_reward_models,
     reward_models,
     reward_names,
     reward_weights,
@@ -133,7 +132,6 @@ class PPOTrainer(Trainer):
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
         reference.to(self.args.device)
-        move_reward_models(self.reward_funcs, self.args.device)
         self._collector = RolloutCollector(
             args, self.accelerator, self.penalty, self.scorer, self.reward_funcs,
             reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer,
@@ -199,12 +197,7 @@ class PPOTrainer(Trainer):
         if self.is_deepspeed_enabled or not bool(micro.mask.any()):
             return  # DeepSpeed keeps gradients elsewhere
         self._gradient_seen = True
-        trained = given.trainable_policy_weights(self._policy)
-        if all(p.grad is None for p in trained.values()):
-            raise RuntimeError(
-                f"no gradient reaches the policy: of its {len(trained)} trainable tensors ({next(iter(trained))}, ...) "
-                "none has one after the first backward. Does its forward run under no_grad, or through a frozen copy?"
-            )
+        given.check_gradient(self._policy)
 
     # ---- rollout -----------------------------------------------------------------------------------------------
 
@@ -444,8 +437,7 @@ class PPOTrainer(Trainer):
         rollout = -(-step // self.args.steps_per_rollout)  # the next one; what is left of the last is in the checkpoint
         upcoming = self._sampler().prompts_of(rollout)[: self.args.rollout_batch_size]  # those of the main process
         rows = [self.train_dataset[i] for i in upcoming]  # pyright: ignore
-        following = resume.hash_prompts(rows, self._collector.tokenizer, self.args)
-        return resume.run_settings(self.args, self._known) | {"next_prompts": following}
+        return resume.run_settings(self.args, self._known, rows, self._collector.tokenizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy alone, as from_pretrained loads it; the value function in a file beside it."""
@@ -453,17 +445,10 @@ class PPOTrainer(Trainer):
         folder = Path(output_dir or self._output_dir)
         value_function.save_value_function(self._policy, folder, write=self.args.should_save)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: object,
-    ) -> Any:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload model, tokenizer and card; not the tables and pages in output_dir, which hold the texts."""
         with ckpt.hub_folder(self.args):
-            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)  # pyright: ignore
+            return super().push_to_hub(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
