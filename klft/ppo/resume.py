@@ -183,6 +183,7 @@ def check_same_run(
 def _changes(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> set[str]:
     if unknown := allowed - now.keys():
         raise ValueError(f"resume_changes: {', '.join(sorted(unknown))} is no setting that a resumed run is held to")
+    saved = {"token_rule": None} | saved  # before there were any
     changed = {name for name in now if name in saved and saved[name] != now[name]}
     if changed & _ORDER:
         changed.discard("next_prompts")  # it follows
