@@ -472,7 +472,7 @@ def test_two_processes_log_what_one_does(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     files = sorted(os.listdir(tmp_path / "run" / "kl"))
     assert files == [f"tokens_{step:06d}-r{rank}.parquet" for step in range(3) for rank in range(2)]

@@ -15,10 +15,13 @@ def test_there_are_examples():
     assert EXAMPLES
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+RUN = [pytest.param(p, marks=pytest.mark.slow) if p.stem == "own_loop" else p for p in EXAMPLES]  # see test_own_loop.py
+
+
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_example_runs(path, tmp_path):
     command = [sys.executable, str(path), "--max_steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"step +2: .*KL \d", done.stdout), done.stdout
 

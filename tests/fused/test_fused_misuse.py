@@ -126,7 +126,7 @@ RANK = """
 import os, sys, torch, torch.distributed as dist, klft
 from datetime import timedelta
 folder, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120))
 shard = klft.VocabShard.even(6, own_tokens=True)
 hidden = torch.ones(3, 2, requires_grad=what != "hidden" or rank == 0)
 weight = torch.ones(3, 2, requires_grad=what == "fine" or (what == "weight" and rank == 0))
@@ -175,6 +175,6 @@ def test_ranks_that_meet(tmp_path):
 def both_ranks(folder, what):
     commands = [[sys.executable, "-c", RANK, str(folder), str(rank), what] for rank in (0, 1)]
     runs = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment()) for c in commands]
-    texts = [run.communicate(timeout=60)[0] for run in runs]
+    texts = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     return texts

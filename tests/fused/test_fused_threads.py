@@ -324,7 +324,7 @@ threading.Thread(target=late).start()
 @pytest.mark.parametrize("first", ["", "workers.each(lambda item: item, [1, 2])"], ids=["new pool", "old pool"])
 def test_python_on_its_way_out(first):
     run = [sys.executable, "-c", AT_THE_END.replace("FIRST", first)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == ["thread [2, 3]", "atexit [2, 3]", ""]
     assert done.stderr == ""

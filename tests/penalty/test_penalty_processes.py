@@ -34,7 +34,7 @@ def coefficient(rank, processes):
 def test_processes_have_one_coefficient(tmp_path):
     commands = [[sys.executable, __file__, str(tmp_path / "store"), str(rank)] for rank in range(2)]
     runs = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment()) for c in commands]
-    texts = [run.communicate(timeout=120)[0] for run in runs]
+    texts = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     first, second = map(float, texts)
     assert first == second

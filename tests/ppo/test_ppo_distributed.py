@@ -284,11 +284,12 @@ def test_a_second_run_in_the_folder_is_refused_on_both(both):
 
 
 def test_an_error_in_one_process_ends_both_with_its_traceback(tmp_path):
+    started = time.time()
     done = launch(__file__, "fail", tmp_path, processes=WORLD, timeout=300)
     ended = time.time()
     raised = [line.split()[-1] for line in done.stdout.splitlines() if "raising at" in line]
     assert len(raised) == 1, done.stderr[-4000:]
-    assert ended - float(raised[0]) < 20
+    assert ended - float(raised[0]) < float(raised[0]) - started, "it takes longer to end than it took to begin"
     assert done.returncode == 1
     assert "ZeroDivisionError: the reward service is gone" in done.stderr
     assert "rank 1 failed" in done.stderr, "the other process says where it went wrong"

@@ -115,7 +115,7 @@ def test_the_recipe_refuses_before_it_loads_a_model(overwrite, tmp_path):
 
 def test_two_processes_refuse_and_overwrite_together(tmp_path):
     start(tmp_path, **SAVING | {"max_steps": 5}).train()
-    done = launch(__file__, tmp_path, timeout=120)
+    done = launch(__file__, tmp_path, timeout=300)
     assert done.stdout.count("refused") == 2, done.stdout + done.stderr
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"], done.stderr
 

@@ -114,7 +114,7 @@ def test_backward_student_keeps_a_subset_and_leaks_less(recipe, rows):
 def test_smoke_run_writes_three_pictures(tmp_path):
     command = [sys.executable, RECIPE, "--config", RECIPE.with_suffix(".yaml"), "--smoke", "--output_dir", tmp_path]
     run = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert run.returncode == 0, run.stderr
     *tables, last = run.stdout.strip().splitlines()

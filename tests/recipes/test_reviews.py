@@ -164,6 +164,6 @@ def test_other_settings_are_another_world_and_ranks_are_not_passed_on(tmp_path, 
 
 def test_smoke(tmp_path):
     command = [sys.executable, reviews.__file__, "--smoke", "true", "--output_dir", str(tmp_path / "world")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "world" / "reference" / "config.json").exists()

@@ -40,7 +40,7 @@ def main():
 
 
 def test_the_policy_may_be_sharded_by_fsdp2():
-    done = launch(__file__, timeout=120)
+    done = launch(__file__, timeout=300)
     assert done.stdout.count("followed") == 2, done.stdout[-2000:] + done.stderr[-3000:]
 
 
