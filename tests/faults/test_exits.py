@@ -196,8 +196,9 @@ def test_a_failure_keeps_its_traceback_with_the_reason_last(tmp_path):
 @pytest.mark.parametrize(("rank", "said"), [(0, "\nerror: interrupted (Ctrl-C)\n"), (1, "")])
 def test_ctrl_c_is_one_line_from_rank_0_however_often_it_is_sent(rank, said):
     twice = "os.kill(os.getpid(), signal.SIGINT)\n    "
-    done = ended(f"try:\n        {twice}finally:\n        {twice}    time.sleep(0.2)", RANK=str(rank))
-    assert (done.returncode, done.stderr, done.stdout) == (130, said, "")
+    cleanup = "time.sleep(0.2)\n        print('cleaned up')"
+    done = ended(f"try:\n        {twice}finally:\n        {twice}    {cleanup}", RANK=str(rank))
+    assert (done.returncode, done.stderr, done.stdout) == (130, said, "cleaned up\n")
 
 
 @pytest.mark.parametrize(("exit", "code"), [("3", 3), ("143", 143), ("None", 0), ("'text'", 1)])
