@@ -216,7 +216,9 @@ def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
             except OSError:  # Windows asks for a privilege
                 shutil.copyfile(path, plain)
             options: Any = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            return load_dataset(BUILDERS[suffix], data_files=str(plain), **options)
+            rows: Any = load_dataset(BUILDERS[suffix], data_files=str(plain), **options)
+            rows.data.validate(full=True)  # UTF-8 too: else a row that is none fails without a name when it is read
+            return rows
     except Exception as error:  # the library's own, of many kinds; the reason is in the last of the chain
         reason: BaseException = error
         while reason.__cause__ is not None:
