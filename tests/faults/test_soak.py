@@ -42,7 +42,8 @@ def train(folder):
     run = tiny.trainer(folder, None, tiny.mixed, tiny.prompts(16), **args)
     run.train(resume_from_checkpoint=True if any(folder.glob("checkpoint-*")) else None)
     if run.is_world_process_zero():
-        torch.save((tiny.parameters(run.model), step_lines(run.state.log_history)), folder / "end.pt")
+        torch.save((tiny.parameters(run.model), step_lines(run.state.log_history)), folder / "end.tmp")
+        os.replace(folder / "end.tmp", folder / "end.pt")  # this process may be killed here too
 
 
 def rank_process(folder, rank, port):
@@ -110,7 +111,13 @@ def killed_once(folder, chance):
     kind, victims = moment(folder, chance), chance.choice([[0], [1], [0, 1]])
     for rank in victims:
         os.kill(pids[rank], signal.SIGKILL)
-    statuses = [ended(pid, PATIENCE) for pid in pids]
+    statuses = []
+    for pid in pids:
+        status = ended(pid, 5 if kind == "starting" else PATIENCE)
+        if status is None and kind == "starting":  # it waits for the others to come; a launcher would send it this
+            os.kill(pid, signal.SIGTERM)
+            status = ended(pid, PATIENCE)
+        statuses.append(status)
     problem = None
     for rank, status in enumerate(statuses):
         if status is None:
