@@ -40,7 +40,7 @@ def test_a_file_of_all_ids_gives_the_teachers_kl(recipe, world, tmp_path):
     recipe.write_file(tmp_path / "file.safetensors", world=world, settings=settings)
     file = recipe.load_file(tmp_path / "file.safetensors")
     student, chosen = tiny.llama(attention_dropout=0.0), torch.arange(16)
-    teacher = klft.FrozenReference(recipe.AutoModelForCausalLM.from_pretrained(world / "reference"))
+    teacher = klft.FrozenReference(recipe.load_model(world / "reference"))
     exact = recipe.exact_kl(file, chosen, student=student, teacher=teacher)
     assert exact > 0.5
     with klft.hidden_states(student) as kept:
