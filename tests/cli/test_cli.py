@@ -16,6 +16,7 @@ import transformers
 from peft import get_peft_model
 from support import oracles, tiny
 from support.processes import launch
+from support.recipes import RECIPES, error_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +25,6 @@ from klft.arguments import fits, one_line_errors, parse_arguments
 from klft.cli import main
 from klft.diagnostics import Statistics, TokenKLLog, read_records, score_texts, summary_lines
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {"batch_size": 3, "max_length": 32}
 LEFT_OUT = "1 of 4 texts are left out: they have no token to score\n"
 
@@ -112,18 +112,6 @@ def test_one_line_and_exit_code_two(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipe", "--debug"])
     with pytest.raises(ValueError, match="kept"), one_line_errors():
         raise ValueError("kept")
-
-
-def error_of(name, arguments, monkeypatch, capsys):
-    """The one line that a recipe ends with. It is run here: a process of its own would import for seconds."""
-    recipe = RECIPES / f"{name}.py"
-    monkeypatch.setattr(sys, "argv", [str(recipe), "--config", str(recipe.with_suffix(".yaml")), *arguments])
-    monkeypatch.syspath_prepend(str(RECIPES))
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(recipe), run_name="__main__")
-    assert ended.value.code == 2
-    (line,) = re.findall(r"^error: .*$", capsys.readouterr().err, re.M)
-    return line
 
 
 @pytest.mark.parametrize(

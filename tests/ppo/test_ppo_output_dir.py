@@ -1,12 +1,12 @@
 """A used output_dir: a second run there is refused in one line, unless it resumes the first one or replaces it."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import tiny
-from support.processes import environment, launch, leave
+from support.processes import launch, leave
+from support.recipes import error_of
 
 from klft.ppo import check_output_dir
 from klft.ppo.checkpoint import checkpoints
@@ -96,19 +96,15 @@ def test_a_folder_with_a_model_and_other_files_is_free(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_recipe_refuses_before_it_loads_a_model(overwrite, tmp_path):
+def test_the_recipe_refuses_before_it_loads_a_model(overwrite, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 64)
-    recipe = Path(__file__).parents[2] / "recipes" / "ppo_reviews.py"
-    command = [
-        sys.executable, str(recipe), "--config", str(recipe.with_suffix(".yaml")), "--processes", "1",
-        "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir", str(overwrite).lower(),
+    given = [
+        "--processes", "1", "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir", str(overwrite).lower(),
         "--model_name_or_path", str(tmp_path / "nowhere"), "--reward", "os:getcwd",
         "--dataset_name", str(tmp_path / "prompts.jsonl"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2
+    line = error_of("ppo_reviews", given, monkeypatch, capsys)
     assert ("nowhere" if overwrite else "holds another run: checkpoint-3. Continue it with") in line
     assert (tmp_path / "out" / "checkpoint-3").exists(), "not before training starts"
 
