@@ -77,6 +77,7 @@ def exit_codes() -> Iterator[None]:
     """Around a program's main part: after it the process group is ended, else a run that succeeded may abort.
 
     A failure keeps its traceback, with the reason last, and exits with 1; Ctrl-C is one line, from rank 0, and 130.
+    With a process group these end the process at once, see `leave`.
     """
 
     def interrupt(*_: object) -> NoReturn:
@@ -87,39 +88,34 @@ def exit_codes() -> Iterator[None]:
     try:
         with reasons_recorded():
             yield
-        signal.signal(signal.SIGINT, before)
         end_process_group()
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\nerror: interrupted (Ctrl-C)", file=sys.stderr)
-        _leave_group(130)
-        sys.exit(130)
-    except SystemExit as ended:
-        _leave_group(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
-        raise
-    except BaseException:
         if _process_group():
-            traceback.print_exc()
-        _leave_group(1)
+            leave(130)
+        raise SystemExit(130) from None
+    except BaseException as error:
+        if _process_group():
+            code: object = error.code if isinstance(error, SystemExit) else traceback.format_exc().rstrip()
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+            leave(code if isinstance(code, int) else int(code is not None))
         raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 def _process_group() -> Any:
-    """torch.distributed if it has a process group, else None."""
-    dist = sys.modules.get("torch.distributed")  # whoever made a group has imported it
+    """torch.distributed, if there is a process group; whoever made one has imported it."""
+    dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
-
-
-def _leave_group(code: int) -> None:
-    """`leave(code)`, if there is a process group; else nothing: the interpreter ends as it always does."""
-    if _process_group():
-        leave(code)
 
 
 def end_process_group() -> None:
     """Destroy torch's process group, if there is one."""
-    dist = _process_group()
-    if dist:
+    if dist := _process_group():
         dist.destroy_process_group()
 
 
