@@ -445,10 +445,10 @@ class PPOTrainer(Trainer):
         folder = Path(output_dir or self._output_dir)
         value_function.save_value_function(self._policy, folder, write=self.args.should_save)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, *args: object, **kwargs: object) -> Any:
         """Upload model, tokenizer and card; not the tables and pages in output_dir, which hold the texts."""
         with ckpt.hub_folder(self.args):
-            return super().push_to_hub(*args, **kwargs)
+            return super().push_to_hub(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = self._output_dir / f"checkpoint-{self.state.global_step}"
