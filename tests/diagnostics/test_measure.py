@@ -88,8 +88,8 @@ def test_two_models_of_different_kinds(temperature):
     assert not any(batch.is_prompt.any() for batch in found)
     every_row(found, policy, reference, temperature=temperature)
     assert found[0].scores.reverse_kl[found[0].mask].min() > 0.05, "the models must differ for this to show anything"
-    for value in vars(found[0].scores).values():
-        assert not value[~found[0].mask].any()
+    for name, value in found[0].scores.items():
+        assert not value[~found[0].mask].any(), name
 
 
 @pytest.mark.parametrize("given", [None, AdapterReference])
