@@ -146,7 +146,11 @@ def within(seconds: float | None, what: Callable[[], str], call: Callable[[], T]
             print(f"Still in:\n{stack}{reason}", file=sys.stderr)
             leave(1)
 
+    # A shell's background jobs ignore Ctrl-C, and would ignore this interrupt with it.
+    ignored = caller is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     try:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=watch, name="klft-time-limit", daemon=True).start()
         try:
             result = call()
@@ -161,4 +165,7 @@ def within(seconds: float | None, what: Callable[[], str], call: Callable[[], T]
         if not reasons:
             raise
         raise TimeoutError(reasons[0]) from error
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise TimeoutError(reasons[0])

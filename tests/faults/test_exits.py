@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -58,13 +59,16 @@ def swallows():
         time.sleep(60)
 
 
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
 @pytest.mark.parametrize("call", [sleeps, waits, retries, converts, swallows])
-def test_a_call_that_hangs_is_interrupted_where_it_waits(call):
-    start = time.monotonic()
+def test_a_call_that_hangs_is_interrupted_where_it_waits(call, handler):
+    before, start = signal.signal(signal.SIGINT, handler), time.monotonic()
     with pytest.raises(TimeoutError, match=r"^the call has not returned within 0\.2 seconds$"):
         exits.within(0.2, lambda: "the call", call)
     assert time.monotonic() - start < 5
     time.sleep(0.1)  # nothing comes later
+    assert signal.getsignal(signal.SIGINT) is handler
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_call_that_ends_at_its_limit_never_interrupts_what_follows():
