@@ -26,6 +26,7 @@ ALLOWED_ENV = (
     "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_NAME", "WANDB_NOTES",
     "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS",
 )  # fmt: skip
+SAME = (("max_steps", "total_episodes", "num_train_epochs"),)  # the last one said counts
 LARGEST_YAML = {"bytes": 1 << 20, "values": 10_000, "levels": 20}
 NO_DECIMAL = re.compile(r"[-+]?0[0-9_]+|.*:.*")  # YAML 1.1 reads 010 as 8 and 1:30 as 90
 
@@ -54,15 +55,41 @@ def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) ->
     """
     given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--debug"]
     given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    fields, place = {name: hint for c in classes for name, hint in hints(c).items()}, 0
+    named = _check_options(given, fields)
     if "--config" in given:
         place = given.index("--config") + 1
         if place == len(given) or given[place].startswith("--"):
             raise ValueError("--config needs the name of a YAML file")
-        check_yaml(Path(given[place]), {name: hint for c in classes for name, hint in hints(c).items()})
+        check_yaml(Path(given[place]), fields)
     from trl import TrlParser
 
     parser: Any = TrlParser(list(classes), usage=argparse.SUPPRESS)  # pyright: ignore
-    return parser.parse_args_and_config(given)
+    with tempfile.TemporaryDirectory() as folder:
+        if "--config" in given:
+            given[place] = str(_without_replaced(Path(given[place]), named, Path(folder)))
+        return parser.parse_args_and_config(given)
+
+
+def _check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
+    """The fields that the command line names. Raises ValueError, with a similar name, for what is none."""
+    named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
+    for name in sorted(named - fields.keys() - {"config", "help"}):
+        if not any(field.startswith((name, name.removeprefix("no_"))) for field in fields):  # as argparse takes them
+            close = difflib.get_close_matches(name, fields, n=1)
+            raise ValueError(f"unknown option --{name}" + (f". Did you mean --{close[0]}?" if close else ""))
+    return named
+
+
+def _without_replaced(path: Path, named: set[str], folder: Path) -> Path:
+    """The file, or a copy in `folder` without what the command line says in other words (SAME)."""
+    values = yaml.safe_load(path.read_text())
+    replaced = [name for group in SAME if named & set(group) for name in group if name in values and name not in named]
+    if not replaced:
+        return path
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in replaced}))
+    return copy
 
 
 def hints(dataclass: type) -> dict[str, Any]:

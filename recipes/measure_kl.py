@@ -176,18 +176,18 @@ def measure(settings: Settings, state: PartialState, comparison: Comparison) -> 
         return
 
     statistics = functools.reduce(Statistics.merge, statistics_by_process)
-    console = Console()
-    console.print(summary_table(statistics, f"{model} against {reference}"), worst_table(statistics))
-    if not settings.output_dir:
-        console.print("No file is written; --output_dir FOLDER keeps the rows (Parquet) and makes the page.")
-    else:
+    told = "No file is written; --output_dir FOLDER keeps the rows (Parquet) and makes the page."
+    if settings.output_dir:
         folder = Path(settings.output_dir)
         # Back into the order of the texts, so that the files do not depend on the number of processes.
         whole = pa.concat_tables(tables).sort_by([("sample_id", "ascending"), ("position", "ascending")])
         metadata = metadata.naming(whole, comparison.tokenizer)  # the texts of the other processes' tokens
         write_records(whole, folder / "tokens.parquet", metadata=metadata)
         page = write_report((whole, metadata), folder / "report.html")
-        console.print(f"Rows: {folder / 'tokens.parquet'}. The page: {page}", markup=False, soft_wrap=True)
+        told = f"Rows: {folder / 'tokens.parquet'}. The page: {page}"
+    console = Console()  # after the files: a console may fail, they are there
+    console.print(summary_table(statistics, f"{model} against {reference}"), worst_table(statistics))
+    console.print(told, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

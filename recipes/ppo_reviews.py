@@ -10,6 +10,7 @@ Everything it needs is made on the spot and cached (recipes/reviews.py). With yo
 Prints the KL table by step, and what both models say. Last time, on two CPU cores and two processes: see README.md.
 """
 
+import dataclasses
 import pkgutil
 import sys
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ from klft.ppo import RewardModel, check_output_dir, finished_run
 from klft.writing import visible
 
 TABLE_ROWS = 14
+NO_USE = {
+    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
+    "dataset_test_split", "dataset_streaming", "ignore_bias_buffers",
+}  # fmt: skip
 
 
 @dataclass
@@ -43,6 +48,14 @@ class RecipeArguments(ScriptArguments):
     processes: int | None = field(default=None, metadata={"help": "Stop unless this many processes run."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
     smoke: bool = field(default=False, metadata={"help": "Two short rollouts: does it run?"})
+
+
+def check_used(*configs: Any) -> None:
+    """Raise ValueError for an option of TRL's classes that this recipe has no use for."""
+    for config in configs:
+        for option in dataclasses.fields(config):
+            if option.name in NO_USE and getattr(config, option.name) != option.default:
+                raise ValueError(f"--{option.name} does nothing in this recipe: leave it out")
 
 
 def load_reward(script: RecipeArguments, world: Path) -> Any:
@@ -66,6 +79,7 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
     if script.processes not in (None, args.world_size):
         way_out = "Launch as the first line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {script.processes} process(es), got {args.world_size}. {way_out}")
+    check_used(script, model_args)
     if script.smoke:
         args.max_steps = 2 * args.steps_per_rollout
     # The trainer looks at output_dir only when it trains; an error is worth more before the models are loaded.

@@ -235,6 +235,8 @@ def ensure_world(cache_dir: Path | None = None, config: Path = CONFIG) -> Path:
     key = hashlib.sha256("".join([Path(__file__).read_text(), Path(config).read_text(), *versions]).encode())
     world = cache / f"reviews-{key.hexdigest()[:12]}"
 
+    if world.exists():  # nothing is written: the cache may be read-only
+        return world
     # One process builds, the others wait at the lock. A build that is interrupted leaves nothing under the name.
     with FileLock(f"{world}.lock"), TemporaryDirectory(dir=cache) as temporary:
         if not world.exists():

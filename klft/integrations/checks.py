@@ -8,6 +8,7 @@ from torch import nn
 from klft.checks import Check, Setup, raise_problems, run_checks
 from klft.checks.setup import largest_kl, ok, problem
 from klft.integrations.backbone import versions
+from klft.loading import check_saved_tokenizer
 from klft.models import base_of, evaluating, require_causal_lm, unwrap
 from klft.penalty import KLPenalty
 from klft.references import parts_of
@@ -67,6 +68,10 @@ def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
     _check_trainer(trainer)
     _check_penalty(trainer, penalty)
     _check_model(trainer.model, penalty)
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if tokenizer is not None:
+        for _, reference in parts_of(penalty.reference):
+            check_saved_tokenizer(tokenizer, reference.name)
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -8,13 +8,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.utils import logging
 
 from klft.generation import Completions, sample_completions
 from klft.masked import masked_whiten
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo.completions import completion_rows
 from klft.ppo.config import PPOConfig
-from klft.ppo.guards import check_finite, on_all_ranks
+from klft.ppo.guards import check_finite, check_parallelism, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
 from klft.ppo.reward_loop import RewardLoop
@@ -33,6 +34,9 @@ from klft.prompts import (
 from klft.scoring import Scorer
 from klft.shaping import finish_scores, weigh_scores
 
+logger = logging.get_logger(__name__)
+
+LARGE_SCORE = 1e4
 CUT_PROMPTS = "prompts/truncated/frac"  # logged where max_prompt_length is given
 
 
@@ -50,6 +54,7 @@ class RolloutCollector:
     loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
 
     def __post_init__(self):
+        check_parallelism(self.args, self.accelerator)
         move_reward_models(self.reward_funcs, self.args.device)
 
     def reduce(self, t: Tensor) -> Tensor:
@@ -167,6 +172,11 @@ class RolloutCollector:
             if learn:
                 state.moments.learn(totals[judged], self.reduce)
             totals = torch.where(judged, state.moments.normalise(totals), 0.0)
+        if bool((totals.abs() > LARGE_SCORE).any()):
+            logger.warning_once(
+                f"scores beyond {LARGE_SCORE:g} make value losses and gradients of their square: give them a smaller "
+                "scale, or set normalize_scores or reward_clip"
+            )
         penalty = args.missing_eos_penalty
         totals = finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=penalty)
         return totals, torch.where(judged, totals, torch.nan)

@@ -100,9 +100,10 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
     return metrics
 
 
-def means(logged: dict[str, list[float]]) -> dict[str, float]:
-    """The mean of each list."""
-    return {name: sum(values) / len(values) for name, values in logged.items() if values}
+def with_logged(metrics: dict[str, float], logged: dict[str, list[float]]) -> dict[str, float]:
+    """The metrics, and the mean of what reward functions logged: as logged/<name> where klft has the name itself."""
+    means = {name: sum(values) / len(values) for name, values in logged.items() if values}
+    return metrics | {f"logged/{name}" if name in metrics else name: value for name, value in means.items()}
 
 
 LOSS_SUMS: tuple[str, ...] = (

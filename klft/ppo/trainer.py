@@ -34,7 +34,7 @@ from klft.ppo.config import PPOConfig
 from klft.ppo.cycle import Cycle
 from klft.ppo.guards import FollowPolicy, SaveOnSigterm, StopOnNonFiniteGradient, saving
 from klft.ppo.losses import policy_losses, value_losses
-from klft.ppo.metrics import Table, loss_metrics, means, rollout_metrics
+from klft.ppo.metrics import Table, loss_metrics, rollout_metrics, with_logged
 from klft.ppo.rewards import (
     RewardFunctions,
     as_reward_functions,
@@ -343,7 +343,7 @@ class PPOTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._train_metrics(names))
         elif prefix and prefix != "train" and evaluated.tables:
-            metrics = rollout_metrics(Table.join(evaluated.tables), names) | means(evaluated.logged)
+            metrics = with_logged(rollout_metrics(Table.join(evaluated.tables), names), evaluated.logged)
             logs.update({f"{prefix}_{name}": value for name, value in metrics.items()})
             self.ppo.evaluation = Pending()
         super().log(logs, start_time)
@@ -360,8 +360,8 @@ class PPOTrainer(Trainer):
             metrics["kl/coef"] = state.coef
         if tables or state.early_stops:  # the stop may come in a later log than the rollout
             metrics["ppo/early_stop"] = state.early_stops / max(len(tables), 1)
-        metrics |= means(state.train.logged)
         metrics["episode"] = float(state.episodes)
+        metrics = with_logged(metrics, state.train.logged)
         state.forget_logged()
         return metrics
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from support import tiny
 
+from klft import PPOConfig
 from klft.arguments import one_line_errors, parse_arguments
 from klft.cli import main
 
@@ -98,3 +99,21 @@ def test_no_control_character_of_a_name_reaches_the_terminal(command, capsys, mo
     assert ended.value.code == 2
     assert "esc\\x1b[31mred" in err
     assert "\x1b" not in out + err
+
+
+@pytest.mark.parametrize(("line", "arguments", "length"), [
+    ("max_steps: 7", ["--num_train_epochs", "2"], (-1, None, 2)),
+    ("total_episodes: 64", ["--max_steps", "5"], (5, None, 3)),
+    ("num_train_epochs: 4", ["--max-steps=6"], (6, None, 3)),
+    ("max_steps: 7", ["--kl_coef", "0.2"], (7, None, 3)),
+])  # fmt: skip
+def test_how_long_as_the_command_line_says_it_in_whichever_words(tmp_path, line, arguments, length):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}\n{line}\n")
+    (made,) = parse_arguments((PPOConfig,), ["--config", str(path), *arguments])
+    assert (made.max_steps, made.total_episodes, made.num_train_epochs) == length
+
+
+def test_an_option_that_is_none_names_a_similar_one():
+    with pytest.raises(ValueError, match=r"^unknown option --kl_ceof. Did you mean --kl_coef\?$"):
+        parse_arguments((PPOConfig,), ["--output_dir", "out", "--kl_ceof", "2"])

@@ -1,11 +1,15 @@
 """What PPOTrainer logs, in training and in evaluation: exactly what is promised, of the real tokens, each once."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from support import tiny
+
+from klft.ppo.guards import check_parallelism
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +153,37 @@ def test_what_a_reward_function_logs_in_evaluation_stays_out_of_training(tmp_pat
     )  # fmt: skip
     run.train()
     assert [log["held_out"] for log in tiny.step_logs(run)] == [0.0, 0.0, 0.0]
+
+
+def test_what_a_reward_function_logs_never_replaces_what_klft_does(tmp_path, caplog):
+    def reward(completions, log_metric, **_):
+        log_metric("kl/coef", 99.0)
+        log_metric("mine", 3.0)
+        return [20000.0] * len(completions)
+
+    run = tiny.trainer(tmp_path, None, reward, tiny.prompts(16), max_steps=1)
+    with caplog.at_level("WARNING"):
+        run.train()
+    (log,) = tiny.step_logs(run)
+    assert (log["kl/coef"], log["logged/kl/coef"], log["mine"]) == (run.args.kl_coef, 99.0, 3.0)
+    assert "scores beyond 10000 make value losses" in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "variable", "kind"), [
+    ({"fsdp": "full_shard"}, None, "FSDP"), ({}, "ACCELERATE_USE_FSDP", "FSDP"),
+    ({"deepspeed": "zero.json"}, None, "DEEPSPEED"), ({}, "ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ({}, None, None),
+])  # fmt: skip
+def test_sharding_that_was_asked_for_and_does_not_run_is_refused(monkeypatch, asked, variable, kind):
+    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None} | asked)
+    if variable:
+        monkeypatch.setenv(variable, "true")
+    for runs in ("NO", "MULTI_CPU", "FSDP", "DEEPSPEED"):
+        accelerator = SimpleNamespace(distributed_type=DistributedType(runs))
+        if kind in (None, runs):
+            check_parallelism(args, accelerator)
+        else:
+            with pytest.raises(ValueError, match=f"{kind} was asked for and {runs} runs: every process would hold"):
+                check_parallelism(args, accelerator)
 
 
 # ---- completions that no function judged ------------------------------------------------------------------------
