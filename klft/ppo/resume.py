@@ -23,7 +23,7 @@ from klft.ppo.inputs import prompt_rows
 from klft.ppo.rewards import RewardFunction, reward_name, reward_names
 from klft.ppo.value import is_value_parameter
 from klft.prompts import encode_prompts, template_arguments
-from klft.references import Reference
+from klft.references import AdapterReference, FrozenReference, Reference
 from klft.references.protocol import parts_of
 
 # Beginnings of the names of fields that a resumed run may change freely; every other field must stay as it was.
@@ -95,9 +95,9 @@ def _described(module: nn.Module | None, named: Iterable[tuple[str, Tensor]], *,
 
 
 def _reference(part: Reference) -> str:
-    model, moves = getattr(part, "model", None), bool(part.state_dict())
-    if not isinstance(model, nn.Module):
+    if not isinstance(part, (FrozenReference, AdapterReference)):
         return f"{type(part).__name__} {part.name}"
+    model, moves = part.model, bool(part.state_dict())
     how = f" decay {getattr(part, 'decay', None)} every {getattr(part, 'every', None)}" if moves else ""
     return f"{type(part).__name__}{how} {_described(model, model.named_parameters(), values=not moves)}"
 

@@ -320,6 +320,7 @@ def test_modes_and_weights_come_back_when_a_forward_fails(monkeypatch):
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unsynchronised_ranks():
     done = launch(__file__, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

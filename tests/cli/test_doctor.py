@@ -30,6 +30,7 @@ def checked(*names, **options):
     return {c.name: c for c in doctor.models(*names, **(defaults | options))}
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_and_model(tmp_path):
     code, text, errors = run(saved(tmp_path / "model", tiny.llama()), "--json")
     checks = json.loads(text)

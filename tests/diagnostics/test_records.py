@@ -462,6 +462,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_one_does(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     torch.save(batches(), tmp_path / "batches.pt")

@@ -1,5 +1,6 @@
 """Shapes written in fused/ hold for every block: the import hook over all of it takes too long for every test."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +19,21 @@ except Exception as error:
 """
 
 
+def fresh(folder):
+    """The hook keeps what a hooked module imports as hooked too, hooked or not: bytecode of its own."""
+    return {"env": os.environ | {"PYTHONPYCACHEPREFIX": str(folder)}, "capture_output": True, "text": True}
+
+
 @pytest.mark.slow
-def test_every_shape_of_a_block():
+def test_every_shape_of_a_block(tmp_path):
     modules = ",".join(f"klft.fused.{name}" for name in ("collectives", "model_side", "torch_backend"))
     addopts = f"addopts=-q --jaxtyping-packages={modules},beartype.beartype"
     tests = [HERE / "test_fused_laws.py", HERE / "test_fused.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-o", addopts, *tests], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-o", addopts, *tests], **fresh(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_a_wrong_shape_is_found():
+def test_a_wrong_shape_is_found(tmp_path):
     hook = "from jaxtyping import install_import_hook as i; i('klft.fused.torch_backend', 'beartype.beartype')\n"
-    done = subprocess.run([sys.executable, "-c", hook + BROKEN], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", hook + BROKEN], check=True, **fresh(tmp_path))
     assert done.stdout.strip() == "TypeCheckError"

@@ -75,6 +75,7 @@ def check_betas(results, cases):
             assert of_rank[case]["off"] < 2e-6, case
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     results = both(tmp_path, FEW)
     check_betas(results, FEW)

@@ -53,6 +53,7 @@ def difference(a, b):
     return max(float((a["parameters"][name] - b["parameters"][name]).abs().max()) for name in a["parameters"])
 
 
+@pytest.mark.slow
 def test_kl_reward_is_beta_on_two_processes(both):
     beta, ours = both["beta"][0], both["constant"][0]
     assert difference(ours, beta) < 1e-5

@@ -109,6 +109,7 @@ def test_the_recipe_refuses_before_it_loads_a_model(overwrite, tmp_path, monkeyp
     assert (tmp_path / "out" / "checkpoint-3").exists(), "not before training starts"
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_and_overwrite_together(tmp_path):
     start(tmp_path, **SAVING | {"max_steps": 5}).train()
     done = launch(__file__, tmp_path, timeout=300)

@@ -307,7 +307,8 @@ def child(folder):
     torch.save(tiny.parameters(run.model), Path(folder) / "end.pt")
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_a_run_killed_again_and_again_arrives_where_the_others_do(kills, tmp_path):
     whole = start(tmp_path / "whole", max_steps=10, save_strategy="no", num_ppo_epochs=2)
     whole.train()

@@ -82,6 +82,7 @@ def test_smoke_run_prints_a_table_and_saves_every_student(smoke):
             AutoTokenizer.from_pretrained(folder / f"{divergence}_{sampler}")
 
 
+@pytest.mark.slow
 def test_models_of_your_own_on_two_processes(smoke, tmp_path):
     folder, _ = smoke
     names = ["--teacher_name_or_path", folder / "teacher", "--model_name_or_path", folder / "student"]
