@@ -93,11 +93,11 @@ def ended(pid, seconds):
 def moment(folder, chance):
     """Waits for a random one, after one to three more checkpoints; its name. No longer than the run lasts."""
     kind, wanted = chance.choice(["starting", *["saving", "saved", "between"] * 2]), chance.randint(1, 3)
-    before, seen = {p.name for p in folder.glob("checkpoint-*")}, set()
+    before, seen = {p.name for p in folder.glob("*checkpoint-*")}, set()  # a kill may have left one half written
     until = time.monotonic() + (chance.uniform(0, 1.5) if kind == "starting" else 60)
     while time.monotonic() < until and not (folder / "end.pt").exists():
         seen |= {p.name for p in folder.glob("checkpoint-*")} - before
-        writing = any(folder.glob("tmp-checkpoint-*"))
+        writing = {p.name for p in folder.glob("tmp-checkpoint-*")} - before
         if kind != "starting" and (len(seen) >= wanted or (kind == "saving" and writing and len(seen) >= wanted - 1)):
             break
         time.sleep(0.002)
@@ -113,8 +113,8 @@ def killed_once(folder, chance):
         os.kill(pids[rank], signal.SIGKILL)
     statuses = []
     for pid in pids:
-        status = ended(pid, 5 if kind == "starting" else PATIENCE)
-        if status is None and kind == "starting":  # it waits for the others to come; a launcher would send it this
+        status = ended(pid, 5 if kind == "starting" else 20)
+        if status is None:  # it may wait for the others to come; a launcher sends it this as soon as one is gone
             os.kill(pid, signal.SIGTERM)
             status = ended(pid, PATIENCE)
         statuses.append(status)
