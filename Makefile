@@ -33,7 +33,7 @@ demo: $(STAMP)  ## train a small model with PPO under a KL penalty, on two proce
 	@ACCELERATE_USE_CPU=true "$(BIN)/accelerate" launch --config_file accelerate_config.yaml \
 		recipes/ppo_reviews.py --config recipes/ppo_reviews.yaml --use_cpu true --overwrite_output_dir true $(DEMO_ARGS)
 
-test: $(STAMP)  ## run the tests (offline, no GPU, about eight minutes on two cores)
+test: $(STAMP)  ## run the tests (offline, no GPU, about ten minutes on two cores)
 	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and pyright
