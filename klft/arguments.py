@@ -9,6 +9,7 @@ import sys
 import tempfile
 import types
 import typing
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ ALLOWED_ENV = (
     "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_NAME", "WANDB_NOTES",
     "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS",
 )  # fmt: skip
-SAME = (("max_steps", "total_episodes", "num_train_epochs"),)  # the last one said counts
+SAME = (("max_steps", "total_episodes", "num_train_epochs"),)  # one on the command line replaces a file's others
 LARGEST_YAML = {"bytes": 1 << 20, "values": 10_000, "levels": 20}
 NO_DECIMAL = re.compile(r"[-+]?0[0-9_]+|.*:.*")  # YAML 1.1 reads 010 as 8 and 1:30 as 90
 
@@ -55,19 +56,18 @@ def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) ->
     """
     given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--debug"]
     given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    fields, place = {name: hint for c in classes for name, hint in hints(c).items()}, 0
+    fields = {name: hint for c in classes for name, hint in hints(c).items()}
     named = _check_options(given, fields)
-    if "--config" in given:
-        place = given.index("--config") + 1
-        if place == len(given) or given[place].startswith("--"):
-            raise ValueError("--config needs the name of a YAML file")
-        check_yaml(Path(given[place]), fields)
-    from trl import TrlParser
-
-    parser: Any = TrlParser(list(classes), usage=argparse.SUPPRESS)  # pyright: ignore
     with tempfile.TemporaryDirectory() as folder:
         if "--config" in given:
-            given[place] = str(_without_replaced(Path(given[place]), named, Path(folder)))
+            place = given.index("--config") + 1
+            if place == len(given) or given[place].startswith("--"):
+                raise ValueError("--config needs the name of a YAML file")
+            path = Path(given[place])
+            given[place] = str(_without_replaced(path, check_yaml(path, fields), named, Path(folder)))
+        from trl import TrlParser  # takes seconds: not before what is wrong is said
+
+        parser: Any = TrlParser(list(classes), usage=argparse.SUPPRESS)  # pyright: ignore
         return parser.parse_args_and_config(given)
 
 
@@ -76,14 +76,17 @@ def _check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
     named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
     for name in sorted(named - fields.keys() - {"config", "help"}):
         if not any(field.startswith((name, name.removeprefix("no_"))) for field in fields):  # as argparse takes them
-            close = difflib.get_close_matches(name, fields, n=1)
-            raise ValueError(f"unknown option --{name}" + (f". Did you mean --{close[0]}?" if close else ""))
+            raise ValueError(f"unknown option --{name}{_did_you_mean(name, fields, '--{}'.format)}")
     return named
 
 
-def _without_replaced(path: Path, named: set[str], folder: Path) -> Path:
-    """The file, or a copy in `folder` without what the command line says in other words (SAME)."""
-    values = yaml.safe_load(path.read_text())
+def _did_you_mean(name: str, fields: dict[str, Any], shown: Callable[[str], str]) -> str:
+    close = difflib.get_close_matches(name, fields, n=1)
+    return f". Did you mean {shown(close[0])}?" if close else ""
+
+
+def _without_replaced(path: Path, values: dict[str, Any], named: set[str], folder: Path) -> Path:
+    """The file of these values, or a copy in `folder` without what the command line says in other words (SAME)."""
     replaced = [name for group in SAME if named & set(group) for name in group if name in values and name not in named]
     if not replaced:
         return path
@@ -98,8 +101,8 @@ def hints(dataclass: type) -> dict[str, Any]:
     return {f.name: known[f.name] for f in dataclasses.fields(dataclass) if f.init}
 
 
-def check_yaml(path: Path, fields: dict[str, Any]) -> None:
-    """Raise ValueError, with the line, for anything in the file that TrlParser would misread."""
+def check_yaml(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The file's values. Raises ValueError, with the line, for anything in it that TrlParser would misread."""
     try:
         if path.stat().st_size > LARGEST_YAML["bytes"]:
             raise ValueError(f"{path} has more than {LARGEST_YAML['bytes']:,} bytes: it is no configuration")
@@ -123,10 +126,10 @@ def check_yaml(path: Path, fields: dict[str, Any]) -> None:
         if key == "env":
             _check_env(path, line, values["env"])
         elif key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            raise ValueError(f"{path}:{line}: unknown key {key!r}" + (f". Did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"{path}:{line}: unknown key {key!r}{_did_you_mean(str(key), fields, repr)}")
         elif not fits(values[key], fields[key]):
             raise ValueError(f"{path}:{line}: {key} must be {_name(fields[key])}, got {values[key]!r:.80}")
+    return values
 
 
 def _check_size(path: Path, text: str) -> None:

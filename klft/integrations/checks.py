@@ -29,6 +29,11 @@ def _owner(trainer: Any) -> type:
     return next(filter(_is_upstream, type(trainer).__mro__))
 
 
+def tokenizer_of(trainer: Any) -> Any:
+    """The trainer's tokenizer, also of a processor; None where it has none."""
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
 def trains_completions(trainer: Any) -> bool:
     """Whether the trainer's batches are completions that the policy sampled (GRPO), not labelled texts."""
     return _owner(trainer).__name__ == "GRPOTrainer"
@@ -68,7 +73,7 @@ def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
     _check_trainer(trainer)
     _check_penalty(trainer, penalty)
     _check_model(trainer.model, penalty)
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = tokenizer_of(trainer)
     if tokenizer is not None:
         for _, reference in parts_of(penalty.reference):
             check_saved_tokenizer(tokenizer, reference.name)
@@ -144,7 +149,7 @@ def run_self_test(trainer: Any, model: nn.Module, parts: list["PenaltyPart"]) ->
     what is wrong and what to do, on every process that found it.
     """
     policy, accelerator = unwrap(model), trainer.accelerator
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = tokenizer_of(trainer)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     checks: list[Check] = []
     with torch.random.fork_rng(devices), accelerator.autocast():

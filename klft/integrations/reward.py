@@ -19,6 +19,7 @@ from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer, is_conversational
 
 from klft.controllers import Controller, FixedKL, check_controller
+from klft.integrations.checks import tokenizer_of
 from klft.integrations.measure import Measurements
 from klft.integrations.state import PenaltyState
 from klft.loading import check_saved_tokenizer
@@ -102,7 +103,7 @@ class KLReward:
         owner: Any = trainer
         reference = resolve_reference(self._reference, owner.model)
         check_vocabularies(owner.processing_class, policy=vocab_size(owner.model), reference=reference.vocab_size)
-        check_saved_tokenizer(owner.processing_class, reference.name)
+        check_saved_tokenizer(tokenizer_of(owner), reference.name)
         reference.to(owner.args.device)
         self.penalty = KLPenalty(reference, **self._options)
         self._scorer = Scorer(reference, temperature=owner.args.temperature)
