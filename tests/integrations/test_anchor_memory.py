@@ -38,15 +38,18 @@ def penalty(**changed):
     return KLPenalty(FrozenReference(wide(5)), **settings)
 
 
-@pytest.mark.parametrize("measure_every", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["", "tables"])
-def test_sft_never_has_logits(tmp_path, measure_every, monkeypatch):
+@pytest.mark.parametrize(("measure_every", "divergence"), [
+    (0, None), (0, "jsd"), pytest.param(1, None, marks=pytest.mark.slow),
+], ids=["", "jsd", "tables"])  # fmt: skip
+def test_sft_never_has_logits(tmp_path, measure_every, divergence, monkeypatch):
     """[B, T, V] would be more than twice what TRL's head takes at a time; klft's tiles are smaller here."""
     monkeypatch.setitem(*limits(tile_logits=100 * VOCABULARY))
     rows = torch.randint(3, VOCABULARY, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
     args = sft_config(tmp_path, per_device_train_batch_size=4, max_steps=1, max_length=128)
     trainer = AnchoredSFT(
         wide(), args=args, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        processing_class=tiny.tokenizer(), penalty=penalty(), measure_every=measure_every, self_test=False,
+        processing_class=tiny.tokenizer(), penalty=penalty(divergence=divergence), measure_every=measure_every,
+        self_test=False,
     )  # fmt: skip
     with Largest() as seen:
         trainer.train()

@@ -56,6 +56,12 @@ def test_ids_are_numbers(given):
         by_ids(given)
 
 
+def test_a_reference_whose_ids_mean_other_words_is_refused(tmp_path):
+    reference = FrozenReference(tiny.with_other_ids(tmp_path / "reference"))
+    with pytest.raises(ValueError, match="policy and reference differ in 2 ids: 8 is 'w5' and 'w6'"):
+        sft(AnchoredSFT, sft_config(tmp_path), penalty=exact(reference=reference))
+
+
 def test_a_reference_by_name_says_how_to_load_it():
     with pytest.raises(TypeError, match=r"got str: load it, AutoModelForCausalLM.from_pretrained"):
         FrozenReference("a/model")

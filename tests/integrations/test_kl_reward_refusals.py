@@ -108,6 +108,12 @@ def test_reference_of_another_vocabulary_is_refused(path, tmp_path):
         kl.bind(rloo.trainer(tmp_path, rloo.policy(path), [kl]))
 
 
+def test_reference_whose_ids_mean_other_words_is_refused(path, tmp_path):
+    kl = KLReward(tiny.with_other_ids(tmp_path / "reference"))
+    with pytest.raises(ValueError, match="policy and reference differ in 2 ids: 8 is 'w5' and 'w6'"):
+        kl.bind(rloo.trainer(tmp_path, rloo.policy(path), [kl]))
+
+
 def test_reference_with_too_few_positions_is_refused(path, tmp_path):
     kl = KLReward(tiny.llama(max_position_embeddings=4))
     kl.bind(rloo.trainer(tmp_path, rloo.policy(path), [kl]))
