@@ -172,8 +172,9 @@ class RolloutCollector:
             if learn:
                 state.moments.learn(totals[judged], self.reduce)
             totals = torch.where(judged, state.moments.normalise(totals), 0.0)
-        if bool((totals.abs() > LARGE_SCORE).any()):
-            logger.warning_once(
+        if not state.warned_of_scores and bool((totals.abs() > LARGE_SCORE).any()):
+            state.warned_of_scores = True
+            logger.warning(
                 f"scores beyond {LARGE_SCORE:g} make value losses and gradients of their square: give them a smaller "
                 "scale, or set normalize_scores or reward_clip"
             )

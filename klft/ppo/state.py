@@ -43,6 +43,7 @@ class PPOState:
     evaluation: Pending = field(default_factory=Pending)
     completions: list[dict[str, Any]] = field(default_factory=list)  # of the last rollout, for log_completions
     tokens: "TokenTables | None" = None  # with kl_log_tokens
+    warned_of_scores: bool = False  # of large ones
 
     def take_minibatch_sums(self) -> dict[str, float]:
         """This minibatch's sums; the next one starts at zero."""
