@@ -405,6 +405,7 @@ def worker(folder):
     assert run.args.world_size == 2
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_one_logs(tmp_path):
     done = launch(__file__, tmp_path / "two", timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -26,6 +26,7 @@ def test_own_loop_learns_within_its_kl():
     assert last < first - 0.5
 
 
+@pytest.mark.slow
 def test_own_loop_on_two_processes():
     run = launch(str(EXAMPLE), "--max_steps", "10", processes=2, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -283,6 +283,7 @@ def test_a_second_run_in_the_folder_is_refused_on_both(both):
         assert "another run is writing to" in found[0]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both_with_its_traceback(tmp_path):
     started = time.time()
     done = launch(__file__, "fail", tmp_path, processes=WORLD, timeout=300)

@@ -39,6 +39,7 @@ def main():
     leave()
 
 
+@pytest.mark.slow
 def test_the_policy_may_be_sharded_by_fsdp2():
     done = launch(__file__, timeout=300)
     assert done.stdout.count("followed") == 2, done.stdout[-2000:] + done.stderr[-3000:]
