@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.processes import environment, launch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
