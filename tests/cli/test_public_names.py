@@ -10,7 +10,7 @@ import transformers
 import klft
 import klft.diagnostics
 import klft.ppo
-from klft.ppo.config import VALIDATORS
+from klft.ppo.fields import VALIDATORS
 
 EMPTY = inspect.Parameter.empty
 PPO = (
