@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from klft.generation import Completions, sample_completions
 from klft.masked import masked_whiten
+from klft.parallel import gathered
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo.completions import completion_rows
 from klft.ppo.config import PPOConfig
@@ -52,16 +53,22 @@ class RolloutCollector:
     weights: Tensor  # [K], one per reward function
     tokenizer: PreTrainedTokenizerBase
     loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
+    alike: int = 1  # processes in a row that share their samples: tensor parallelism
 
     def __post_init__(self):
         check_parallelism(self.args, self.accelerator)
-        move_reward_models(self.reward_funcs, self.args.device)
+        move_reward_models(self.reward_funcs, self.args.device, self.args.reward_model_placement, self.alike)
 
     def reduce(self, t: Tensor) -> Tensor:
-        """Sum over processes."""
+        """Sum over processes, of what several have alike once."""
         reduced = self.accelerator.reduce(t, "sum")
         assert isinstance(reduced, Tensor)
-        return reduced
+        return reduced / self.alike
+
+    @property
+    def _counts(self) -> bool:
+        """Whether what this process has is its own, or first its own among those that have the same."""
+        return self.accelerator.process_index % self.alike == 0
 
     def collect(
         self,
@@ -108,7 +115,9 @@ class RolloutCollector:
         if learn and args.log_completions:
             state.completions = self._completion_rows(rows, texts, scores, kl, columns)
         per_token = {"value": values, "return": returns, "reward": rewards}
-        table = gather_table(accelerator, kl, per_token, scores, terminated, by_function, slice(keep))
+        table = gather_table(
+            accelerator, kl, per_token, scores, terminated, by_function, slice(keep if self._counts else 0)
+        )
         stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self.reduce))
         logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
         rollout = Rollout(
@@ -130,9 +139,10 @@ class RolloutCollector:
         policy = self.accelerator.unwrap_model(model)
         config = self.args.generation_config(eos_ids(policy, tokenizer), pad_id(tokenizer))
         vocab_size = self.scorer.shared_vocab(policy)
-        completions, terminated = sample_completions(
-            policy, ids.to(device), mask.to(device), config, vocab_size, tokenizer
-        )
+        with gathered(model):
+            completions, terminated = sample_completions(
+                policy, ids.to(device), mask.to(device), config, vocab_size, tokenizer
+            )
         texts = decode_completions(tokenizer, prompts, **vars(completions), eos_ids=config.eos_token_id)  # pyright: ignore
         cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
         return completions, terminated, texts, cut
@@ -156,6 +166,7 @@ class RolloutCollector:
         return score_completions_by(
             self.reward_funcs, self.accelerator, rows, completions, texts, trainer_state=trainer_state, loop=self.loop,
             known=cut, templates=self._templates(rows), timeout=self.args.reward_timeout,
+            alike=self.alike,
         )  # fmt: skip
 
     def _total_scores(
@@ -189,4 +200,4 @@ class RolloutCollector:
         exact = kl.scores.reverse_kl if self.penalty.direction == "reverse" else kl.scores.forward_kl
         assert exact is not None
         sequence_kl = torch.where(kl.counted, exact * kl.weights, 0.0).sum(-1)
-        return gather_object(completion_rows(rows, texts, scores, sequence_kl, columns))
+        return gather_object(completion_rows(rows, texts, scores, sequence_kl, columns) if self._counts else [])

@@ -72,6 +72,16 @@ class PPOConfig(TrainingArguments):
             "data-parallel ranks, all-gather hidden states; none: replicated."
         },
     )
+    reference_placement: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a reference model lies. replicated: on every process; sharded: split over them, by FSDP2; "
+            "offloaded: on the CPU between uses. Default: as it was made, replicated."
+        },
+    )
+    reward_model_placement: str | None = field(
+        default=None, metadata={"help": "Where reward models lie: replicated, sharded or offloaded, likewise."}
+    )
     target_kl: float | None = field(
         default=None, metadata={"help": "Skip the rest of a rollout once KL(old||new) per token passes this."}
     )
@@ -150,8 +160,7 @@ class PPOConfig(TrainingArguments):
                 f"PPOConfig: kl_horizon={self.kl_horizon} is too short for {self.episodes_per_rollout} episodes per "
                 f"rollout: one update could take kl_coef to 0. Take more than {self.episodes_per_rollout / 5:.0f}."
             )
-        if self.total_episodes is not None:
-            self.max_steps = math.ceil(self.total_episodes / self.episodes_per_rollout) * self.steps_per_rollout
+        self._count_steps()
 
     def _controller_contradictions(self) -> list[str]:
         """Fields that the controller needs, and those it would ignore."""
@@ -211,8 +220,19 @@ class PPOConfig(TrainingArguments):
 
     @property
     def episodes_per_rollout(self) -> int:
-        """Completions of one rollout, over all processes."""
-        return self.rollout_batch_size * self.world_size
+        """Completions of one rollout, over all processes; those of a tensor-parallel group have theirs in common."""
+        return self.rollout_batch_size * (self.world_size // self.processes_alike)
+
+    processes_alike = 1  # that have the same samples; no field
+
+    def split_tensors(self, processes: int) -> None:
+        """So many processes in a row hold one model together, by tensor parallelism, and have the same samples."""
+        self.processes_alike = processes
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        if self.total_episodes is not None:
+            self.max_steps = math.ceil(self.total_episodes / self.episodes_per_rollout) * self.steps_per_rollout
 
     @property
     def steps_per_rollout(self) -> int:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, SchedulerType, TrainingArguments, get
 from transformers.integrations import get_available_reporting_integrations
 
 from klft.estimators import DIRECTIONS
+from klft.parallel import PLACEMENTS as MODEL_PLACEMENTS
 from klft.penalty import ESTIMATES, PLACEMENTS
 from klft.prompts import why_no_template_kwargs
 from klft.scoring import SHARDINGS
@@ -42,9 +43,11 @@ def number(
     return validate
 
 
-def choice(*known: str) -> Validator:
-    """One of some names."""
-    return lambda value: None if value in known else f"must be one of {', '.join(known)}, got {value!r}"
+def choice(*known: str, optional: bool = False) -> Validator:
+    """One of some names; `optional`: or None."""
+    return lambda value: (
+        None if value in known or (optional and value is None) else f"must be one of {', '.join(known)}, got {value!r}"
+    )
 
 
 def boolean(value: Any) -> str | None:
@@ -162,6 +165,8 @@ VALIDATORS: dict[str, Validator] = {
     "kl_placement": choice(*PLACEMENTS),
     "kl_controller": choice(*CONTROLLERS),
     "kl_shard_vocab": choice(*SHARDINGS),
+    "reference_placement": choice(*MODEL_PLACEMENTS, optional=True),
+    "reward_model_placement": choice(*MODEL_PLACEMENTS, optional=True),
     "kl_target": number(above=0, optional=True),
     "kl_horizon": _COUNT,
     "target_kl": number(above=0, optional=True),

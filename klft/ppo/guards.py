@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from klft.exits import is_lost_rank, leave
 from klft.models import zero_pad_embedding
+from klft.parallel import total_norm
 from klft.references import Reference
 
 logger = logging.get_logger(__name__)
@@ -77,9 +78,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             return  # fp16: the scaler itself skips such a step and lowers its scale
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not bool(norm.isfinite()):
+        if not bool(total_norm(gradients).isfinite()):
             pad = zero_pad_embedding(self.trainer.model)
             why = "" if pad is None else (
                 f" The embedding of the pad id {pad} is all zeros, where some models' own gradient is NaN (Gemma3n): "

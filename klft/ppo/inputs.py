@@ -25,6 +25,7 @@ from klft.models import (
     unwrap,
     vocab_size,
 )
+from klft.parallel import Placement
 from klft.ppo import value as value_function
 from klft.ppo.adapters import attach_adapter, check_method
 from klft.ppo.config import PPOConfig
@@ -33,6 +34,14 @@ from klft.prompts import TEMPLATE_COLUMNS, encode_prompts, template_arguments
 from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference, why_base_moves
 
 logger = logging.get_logger(__name__)
+
+
+def resolve_args(args: Any) -> PPOConfig:
+    """The arguments given, or the defaults. Raises TypeError for another trainer's."""
+    args = args or PPOConfig(output_dir="ppo_output")
+    if not isinstance(args, PPOConfig):
+        raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
+    return args
 
 
 def load_policy(model: nn.Module | str, model_init_kwargs: dict[str, Any] | None = None) -> nn.Module:
@@ -399,6 +408,18 @@ class RolloutSampler(Sampler):
         for start in range(0, self.per_pass * self.per_rollout, self.per_rollout):
             for _ in range(self.repeats):
                 yield from order[start : start + self.per_rollout]
+
+
+def place_reference(reference: Reference, args: PPOConfig) -> None:
+    """The reference to the device of training, in the place that `args` says. ValueError where that cannot be."""
+    if args.reference_placement:
+        if type(reference) is not FrozenReference:
+            raise ValueError(
+                f"reference_placement={args.reference_placement!r} is for a frozen model; a "
+                f"{type(reference).__name__} lies where its policy does, or where it puts itself"
+            )
+        reference.placement = Placement(reference.model, args.reference_placement)
+    reference.to(args.device)
 
 
 def rollout_sampler(dataset: Any, args: PPOConfig, rollouts_done: Callable[[], int]) -> RolloutSampler:

@@ -37,7 +37,7 @@ FREE = (
     "metric_for_best_model", "greater_is_better", "restore_callback_states", "do_", "debug", "skip_memory_metrics",
     # where, and in which order of the same operations, it is computed
     "use_cpu", "local_rank", "ddp_", "dataloader_", "gradient_checkpointing", "activation_checkpointing",
-    "torch_empty_cache_steps", "reward_timeout",
+    "torch_empty_cache_steps", "reward_timeout", "reference_placement", "reward_model_placement",
 )  # fmt: skip
 # What the state in a checkpoint was made for, or holds itself: a change would not fit, or would do nothing.
 FIXED = {
@@ -85,12 +85,14 @@ def _described(module: nn.Module | None, named: Iterable[tuple[str, Tensor]], *,
     digest, named = xxhash.xxh3_64(), list(named)
     for name, t in named:
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        local = t.to_local() if isinstance(t, DTensor) else t
-        plain = type(local) in (Tensor, nn.Parameter) and not local.is_meta  # not packed by a quantiser
-        if values and plain and local.numel() and not t.requires_grad:
-            some = local.detach().reshape(-1)[:: max(local.numel() // 8, 1)][:8]
+        if not values or t.requires_grad:
+            continue
+        whole = t.full_tensor() if isinstance(t, DTensor) else t
+        plain = type(whole) in (Tensor, nn.Parameter) and not whole.is_meta  # not packed by a quantiser
+        if plain and whole.numel():
+            some = whole.detach().reshape(-1)[:: max(whole.numel() // 8, 1)][:8]
             digest.update(some.to("cpu", torch.float64).numpy().tobytes())
-    kind = "" if module is None else f"{type(module).__name__} of "
+    kind = "" if module is None else f"{type(module).__name__.removeprefix('FSDP')} of "  # FSDP2 makes subclasses
     return f"{kind}{len(named)} tensors, {digest.hexdigest()[:8]}"
 
 

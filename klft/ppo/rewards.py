@@ -27,6 +27,7 @@ from klft.exits import within
 from klft.generation import Completions
 from klft.loading import load_model, load_tokenizer
 from klft.models import evaluating, max_positions, position_offset
+from klft.parallel import Placement
 from klft.ppo.guards import on_all_ranks
 from klft.ppo.reward_loop import RewardLoop
 from klft.prompts import join_turns
@@ -47,7 +48,8 @@ class RewardModel:
 
     With one output the reward is its raw logit; with several it is the probability of `label` (a name in id2label or
     an index), between 0 and 1: the softmax's, or the sigmoid's where the config says multi_label_classification.
-    Completions are decoded by the policy's tokenizer and read by this model's own.
+    Completions are decoded by the policy's tokenizer and read by this model's own. `placement`: replicated, sharded or
+    offloaded, see klft.parallel.Placement.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RewardModel:
         *,
         label: str | int | None = None,
         batch_size: int = 64,
+        placement: str = "replicated",
         **model_init_kwargs: Any,
     ):
         trust = bool(model_init_kwargs.get("trust_remote_code", False))
@@ -69,6 +72,7 @@ class RewardModel:
             )
         judge: Any = model
         self.model = judge.eval().requires_grad_(False)
+        self.placement = Placement(judge, placement)
         own = (judge.config._name_or_path, "reward model")
         self.tokenizer = _padding(tokenizer or load_tokenizer(*own, trust_remote_code=trust), judge)
         self.batch_size = batch_size
@@ -94,8 +98,8 @@ class RewardModel:
         return index
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model to a device."""
-        self.model.to(device)
+        """Move the model to a device; see klft.parallel.Placement. A collective where it is sharded."""
+        self.placement.to(device)
 
     def __call__(
         self, prompts: list, completions: list, *, template_arguments: list[dict] | None = None, **_: Any
@@ -103,7 +107,7 @@ class RewardModel:
         templates = template_arguments or [{}] * len(prompts)
         texts = [_whole_text(p, c, self.tokenizer, t) for p, c, t in zip(prompts, completions, templates, strict=True)]
         rewards: list[float] = []
-        with evaluating(self.model):
+        with evaluating(self.model), self.placement.in_use():
             for start in range(0, len(texts), self.batch_size):
                 batch = self.tokenizer(
                     texts[start : start + self.batch_size],
@@ -175,10 +179,23 @@ def reward_models(functions: Sequence[RewardFunction]) -> dict[str, PreTrainedMo
     return {name: f.model for name, f in named if isinstance(f, RewardModel)}
 
 
-def move_reward_models(functions: Sequence[RewardFunction], device: torch.device) -> None:
-    """Reward models to the device that the policy is trained on; other functions see to themselves."""
+def move_reward_models(
+    functions: Sequence[RewardFunction], device: torch.device, placement: str | None, alike: int
+) -> None:
+    """Reward models to the device that the policy is trained on; other functions see to themselves.
+
+    `placement`: of them all, None as each was made. Raises ValueError for sharded ones where processes are `alike`: one
+    of them asks for all.
+    """
     for function in functions:
         if isinstance(function, RewardModel):
+            if placement:
+                function.placement = Placement(function.model, placement)
+            if alike > 1 and function.placement.kind == "sharded":
+                raise ValueError(
+                    f"reward model {function.__name__!r}: sharded models need every process, and under tensor "
+                    "parallelism one of each group asks. Take replicated or offloaded"
+                )
             function.to(device)
 
 
@@ -223,11 +240,13 @@ def score_completions_by(
     known: dict[str, list[float]] | None = None,
     templates: list[dict[str, Any]] | None = None,
     timeout: float | None = None,
+    alike: int = 1,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
 
     `known`: numbers of this process's prompts that are logged with them. `templates`: each prompt's template_arguments,
-    for the reward models. `timeout`: seconds that a function may take. The metrics are those of all processes. An
+    for the reward models. `timeout`: seconds that a function may take. `alike`: so many processes in a row have the
+    same completions (tensor parallelism); the first of them asks, for all. The metrics are those of all processes. An
     error on one rank ends all ranks with it.
     """
     dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -251,9 +270,13 @@ def score_completions_by(
             log_extra=lambda name, values: _keep_column(columns, name, list(values), len(rows)),
         )
 
-    scores = on_all_ranks(accelerator, call)
+    rank = accelerator.process_index
+    scores = on_all_ranks(accelerator, call if rank % alike == 0 else lambda: None)
+    every = gather_object([(scores, columns, local) if alike > 1 else (None, None, local)])
+    if alike > 1:
+        scores, columns, _ = every[rank - rank % alike]
     logged: dict[str, list[float]] = {}
-    for of_rank in gather_object([local]):
+    for _, _, of_rank in every[::alike]:
         for name, values in of_rank.items():
             logged.setdefault(name, []).extend(values)
     return scores.to(accelerator.device), columns, logged

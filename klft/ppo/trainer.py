@@ -93,12 +93,11 @@ class PPOTrainer(Trainer):
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         token_rule: TokenRule | None = None,
     ):
-        args = args or PPOConfig(output_dir="ppo_output")
-        if not isinstance(args, PPOConfig):
-            raise TypeError(f"args must be a klft.PPOConfig, got {type(args).__name__}")
+        args = given.resolve_args(args)
         ckpt.check_writable(args)
         set_seed(args.seed)  # before an adapter is drawn: the Trainer seeds only once it has the model
         model = given.load_policy(model, args.model_options)
+        args.split_tensors(getattr(model, "tp_size", None) or 1)
         tokenizer = given.resolve_tokenizer(processing_class, model, args.model_options)
         self._starts_equal = starts_equal(model, reference, peft_config)
         self.reward_funcs = reward_funcs = as_reward_functions(reward_funcs)
@@ -131,10 +130,10 @@ class PPOTrainer(Trainer):
             self.add_callback(callback)
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count
-        reference.to(self.args.device)
+        given.place_reference(reference, self.args)
         self._collector = RolloutCollector(
             args, self.accelerator, self.penalty, self.scorer, self.reward_funcs,
-            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer,
+            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer, alike=args.processes_alike,
         )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 
@@ -154,8 +153,7 @@ class PPOTrainer(Trainer):
 
     @property
     def _data_rank(self) -> int:
-        # Processes that share one sample (tensor parallel) must draw the same random numbers.
-        return self.args.process_index // self.get_tp_size()
+        return self.args.process_index // self.args.processes_alike
 
     @property
     def episodes(self) -> int:
@@ -245,7 +243,7 @@ class PPOTrainer(Trainer):
             per_token=[getattr(micro, name)[mask] for name in names],
         )
         # Processes' gradients are averaged, so each contributes its sum times their number.
-        processes = args.world_size // self.get_tp_size()
+        processes = args.world_size // args.processes_alike
         loss = (policy_loss + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
         per_token = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
         if not self._ratio_seen and args.disable_dropout and per_token.numel():
@@ -324,7 +322,7 @@ class PPOTrainer(Trainer):
         gradient_state = self.accelerator.gradient_state
         keep = len(inputs)
         if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
-            keep = min(max(gradient_state.remainder - self.args.process_index * len(inputs), 0), len(inputs))
+            keep = min(max(gradient_state.remainder - self._data_rank * len(inputs), 0), len(inputs))
         evaluated = self.ppo.evaluation.tables
         torch.manual_seed(self.args.seed + 15_485_863 * (1 + len(evaluated)) + self._data_rank)
         with torch.no_grad():
@@ -443,6 +441,8 @@ class PPOTrainer(Trainer):
         """The policy alone, as from_pretrained loads it; the value function in a file beside it."""
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self._output_dir)
+        if not _internal_call:
+            ckpt.save_gathered(self, folder)
         value_function.save_value_function(self._policy, folder, write=self.args.should_save)
 
     def push_to_hub(self, *args: object, **kwargs: object) -> Any:

@@ -103,7 +103,8 @@ def install_hooks(model: nn.Module) -> None:
         else:
             values = base.v_head(hidden.to(torch.float32)).squeeze(-1)
         # A plain dictionary: DDP takes outputs apart and rebuilds them, and a ModelOutput refuses the new key.
-        return {"logits": output.logits, OUTPUT_KEY: values.float()}
+        # No views: FSDP2 warns of units that return one.
+        return {"logits": output.logits.clone(), OUTPUT_KEY: values.to(torch.float32, copy=True)}
 
     base.get_output_embeddings().register_forward_pre_hook(keep_hidden)
     base.register_forward_hook(add_values, with_kwargs=True)

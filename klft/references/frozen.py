@@ -26,6 +26,7 @@ from klft.models import (
     require_causal_lm,
     vocab_size,
 )
+from klft.parallel import Placement, reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,14 +94,19 @@ class ModelReference:
         """(hidden states at all positions, head) of one forward of the backbone with these very keyword arguments, as
         another model's backbone got them: positions, packing and images come along. TypeError as for `hidden`.
         """
-        device = device_of(self.model)
+        device = self._device
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         with self._scoring():
             hidden = base_of(self.model).base_model(**inputs).last_hidden_state
+            reshard(self.model)  # else a head gathered with its backbone would be read, and given back under the reader
             return hidden, LMHead.from_model(self.model)
 
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.model)
+
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> dict[str, Any]:
-        device = device_of(self.model)
+        device = self._device
         return causal_inputs(self.model, input_ids.to(device), attention_mask.to(device), keep)
 
     def _logits(self, inputs: dict[str, Any], keep: int) -> Tensor:
@@ -155,18 +161,22 @@ class FrozenReference(ModelReference):
     """A separate model, frozen: eval mode, no parameter asks for a gradient. TypeError for anything but a causal LM.
 
     The model is changed in place (frozen); it may be of another dtype, device or architecture than the policy, as long
-    as the vocabulary is the same.
+    as the vocabulary is the same. `placement`: replicated, sharded or offloaded, see klft.parallel.Placement; it takes
+    effect with `to`, which trainers call.
     """
 
-    def __init__(self, model: "PreTrainedModel"):
+    def __init__(self, model: "PreTrainedModel", *, placement: str = "replicated"):
         super().__init__(model)
         model.eval().requires_grad_(False)
+        self.placement = Placement(model, placement)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.placement.device or device_of(self.model)
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model, unless it is quantised, spread over devices or offloaded."""
-        placed = getattr(self.model, "hf_device_map", None) or any(p.is_meta for p in self.model.parameters())
-        if not placed and not getattr(self.model, "is_quantized", False):
-            self.model.to(device)
+        """Move the model, unless it is quantised or spread over devices already. A collective where it is sharded."""
+        self.placement.to(device)
 
     def check_independent(self, policy: nn.Module) -> None:
         """Raise ValueError, naming the parameter, if one of the policy's lives in the reference's storage."""
@@ -190,7 +200,7 @@ class FrozenReference(ModelReference):
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         self.model.eval()  # a trainer that walks over modules may have flipped it
-        with torch.no_grad():
+        with torch.no_grad(), self.placement.in_use():
             yield
 
 

@@ -12,6 +12,7 @@ import conftest  # noqa: F401 - also for the script: no hub, few threads
 import pytest
 import torch
 from support import tiny
+from support.lengths import short_and_long
 from support.processes import launch, leave
 
 from klft.token_rules import along_ref_entropy, combine, decay
@@ -20,25 +21,6 @@ WORLD = 2
 
 
 # ---- runs that one process and two must agree on -----------------------------------------------------------------
-
-
-def lengths_of_greedy_completions(prompts, most):
-    model, tokenizer = tiny.llama().eval(), tiny.tokenizer()
-    ids = torch.tensor([tokenizer(p)["input_ids"] for p in prompts])
-    out = model.generate(ids, do_sample=False, max_new_tokens=most, attention_mask=torch.ones_like(ids))[:, 2:]
-    ended = (out == tiny.EOS).long()
-    return torch.where(ended.any(1), ended.argmax(1) + 1, most)
-
-
-def short_and_long(rollouts=3):
-    """Prompts in an order that gives the first process completions of one token, the second those that run on."""
-    every = [f"w{a} w{b}" for a in range(26) for b in range(26)]
-    lengths = lengths_of_greedy_completions(every, 6)
-    short = [p for p, n in zip(every, lengths, strict=True) if n == 1][: 4 * rollouts]
-    long = [p for p, n in zip(every, lengths, strict=True) if n == 6][: 4 * rollouts]
-    assert len(short) == len(long) == 4 * rollouts
-    order = [p for i in range(rollouts) for p in short[4 * i : 4 * i + 4] + long[4 * i : 4 * i + 4]]
-    return tiny.Dataset.from_dict({"prompt": order})
 
 
 # name -> (prompts of one process and one micro-batch when there are two, config)
