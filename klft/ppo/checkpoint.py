@@ -10,6 +10,7 @@ no pickle.
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -322,6 +323,9 @@ def _check_unused(output_dir: Path, resumed: Path | None) -> None:
 def locked(output_dir: Path, accelerator: Accelerator):
     """Hold output_dir for one run; a second one is refused on all its ranks. The system frees it if this one dies.
 
+    The main process holds it, by flock: from another machine it is seen where the filesystem passes locks on (NFS does;
+    Lustre when mounted with -o flock, not with -o localflock).
+
     Yields a function that raises RuntimeError once somebody has removed the lock, when a second run could take it.
     Removes what runs that were killed while saving have left.
     """
@@ -380,6 +384,15 @@ def own_rotation(args: Any):
         args.save_total_limit = limit
 
 
+def _check_shared(folder: Path) -> None:
+    """Raise RuntimeError where the main process's part of a checkpoint is not seen from here: on another machine."""
+    if not (folder / STATE_FILE).exists():
+        raise RuntimeError(
+            f"from {platform.node()}, where this process runs, the main process's {STATE_FILE} in {folder} is not to "
+            "be seen: output_dir must lie on a filesystem that all machines share"
+        )
+
+
 @contextmanager
 def writing(trainer: Any, final: Path, run: str, limit: int | None):
     """The Trainer's own saving, pointed at a temporary folder inside; sealed, rotated and pushed on the way out."""
@@ -395,6 +408,7 @@ def writing(trainer: Any, final: Path, run: str, limit: int | None):
     finally:
         args.output_dir, args.push_to_hub = output_dir, push
     accelerator.wait_for_everyone()
+    on_all_ranks(accelerator, lambda: _check_shared(unfinished / final.name))
     if args.should_save:
         state = trainer.state
         best = final.with_name(f"checkpoint-{state.best_global_step}") if state.best_global_step else None
