@@ -165,3 +165,13 @@ def placed(
         if tensor is not None and tensor.requires_grad and not same_tokens:
             tensor.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
     return weight, bias, shard
+
+
+def why_no_zero3(args: object) -> str | None:
+    """Why klft's trainers do not go with DeepSpeed's ZeRO-3, if the TrainingArguments ask for it; else None."""
+    if getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", None) != 3:
+        return None
+    return (
+        "the weight of the vocabulary head is kept elsewhere by ZeRO-3 outside of the model's forward, and the KL is "
+        "read off it there: use FSDP2, which splits the weights too, or ZeRO-2"
+    )

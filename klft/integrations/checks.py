@@ -10,6 +10,7 @@ from klft.checks.setup import largest_kl, ok, problem
 from klft.integrations.backbone import versions
 from klft.loading import check_saved_tokenizer
 from klft.models import base_of, evaluating, require_causal_lm, unwrap
+from klft.parallel import why_no_zero3
 from klft.penalty import KLPenalty
 from klft.references import parts_of
 
@@ -64,6 +65,8 @@ def check_order(cls: type) -> None:
 
 def check_anchor(trainer: Any, penalty: KLPenalty, measure_every: int) -> None:
     """Raise ValueError or TypeError for a trainer, a penalty or a model that KLAnchorMixin cannot be right with."""
+    if why := why_no_zero3(trainer.args):
+        raise ValueError(f"KLAnchorMixin: {why}")
     if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
         raise ValueError(f"KLAnchorMixin: measure_every must be a whole number >= 0, got {measure_every!r}")
     if measure_every and trainer.processing_class is None:

@@ -24,6 +24,7 @@ from klft.integrations.measure import Measurements
 from klft.integrations.state import PenaltyState
 from klft.loading import check_saved_tokenizer
 from klft.models import check_positions, check_vocabularies, vocab_size
+from klft.parallel import why_no_zero3
 from klft.penalty import KLPenalty, TokenRule
 from klft.prompts import pad, pad_id
 from klft.references import Reference, resolve_reference
@@ -191,7 +192,9 @@ def _check_trainer(trainer: Any, reward: KLReward) -> None:
     tokenizer = trainer.processing_class
     in_the_loss = "or put the KL into the loss"
     scaling = "divides by a standard deviation, and the coefficient with it"
+    zero3 = why_no_zero3(args)
     refused = (
+        (zero3 is not None, zero3),
         (weight is None, "the trainer does not have it: RLOOTrainer(..., reward_funcs=[reward, kl])"),
         (weight != 1.0, f"its reward weight is {weight}, which scales the coefficient: use 1.0, and coef="),
         (args.beta != 0.0, f"beta={args.beta} counts the KL a second time: set beta=0.0"),

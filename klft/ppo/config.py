@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, TrainingArguments
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
+from klft.parallel import why_no_zero3
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
 from klft.ppo.fields import IGNORED, OWN_ORDER, SCHEDULES, VALIDATORS, as_dict, scheduler_problem
 from klft.references import Reference
@@ -146,7 +147,7 @@ class PPOConfig(TrainingArguments):
             # Without this, a launcher's several processes on a CPU would each train alone and never say so.
             self.use_cpu = True
         super().__post_init__()
-        problem = scheduler_problem(self)
+        problem = scheduler_problem(self) or why_no_zero3(self)
         if problem:
             raise ValueError(f"PPOConfig: {problem}")
         launched = int(os.environ.get("WORLD_SIZE", 1))

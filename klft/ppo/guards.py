@@ -75,10 +75,14 @@ class StopOnNonFiniteGradient(TrainerCallback):
         self.trainer, self.resume_hint = trainer, resume_hint
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.accelerator.scaler is not None:
-            return  # fp16: the scaler itself skips such a step and lowers its scale
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
+            return  # fp16: the scaler (DeepSpeed's own, there) itself skips such a step and lowers its scale
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        if not bool(total_norm(gradients).isfinite()):
+        norm = total_norm(gradients)
+        if self.trainer.is_deepspeed_enabled:  # keeps gradients to itself; -1 is what it makes of inf and NaN
+            norm = torch.as_tensor(self.trainer.model_wrapped.get_global_grad_norm() or 0.0)
+        if not bool(norm.isfinite()) or bool(norm < 0):
             pad = zero_pad_embedding(self.trainer.model)
             why = "" if pad is None else (
                 f" The embedding of the pad id {pad} is all zeros, where some models' own gradient is NaN (Gemma3n): "

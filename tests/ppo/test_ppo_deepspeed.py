@@ -1,0 +1,159 @@
+"""PPO under DeepSpeed on two processes: ZeRO-2 gives the parameters of DDP, ZeRO-3 is refused before a model is loaded.
+
+DeepSpeed is no dependency of klft: without it the tests that run it are skipped. On a CPU accelerate leaves DeepSpeed
+out; here the state says there were GPUs once gloo is connected, so that DeepSpeed's own engine and optimizer run. Real
+are the split gradients and optimizer state; not real are CUDA, NCCL and 16 bit. To run them without installing it:
+
+    DS_BUILD_OPS=0 pip install --no-deps --target FOLDER deepspeed hjson ninja py-cpuinfo msgpack einops
+    PYTHONPATH=.:FOLDER pytest -m '' tests/ppo/test_ppo_deepspeed.py
+
+Run as a script, this file is what each process does.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest  # noqa: F401 - also for the script: no hub, few threads
+import pytest
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from support import tiny
+from support.processes import launch, leave
+
+from klft.integrations.checks import check_anchor
+from klft.parallel import why_no_zero3
+
+needs_deepspeed = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
+REFUSED = "kept elsewhere by ZeRO-3 .*: use FSDP2, which splits the weights too, or ZeRO-2"
+
+
+# ---- what each process does ----------------------------------------------------------------------------------------
+
+
+def pretend(stage):
+    """gloo is connected: from here on DeepSpeed is what the launcher asked for."""
+    import deepspeed
+
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # C++ that would be compiled now; gloo does the same
+
+
+class Broken(tiny.PPOTrainer):
+    """A gradient that is not finite in the second process's second step, of a loss that is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.process_index == 1 and self.state.global_step == 1:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+
+def trained(folder, steps, resume=None, kind=tiny.PPOTrainer):
+    """Two micro-batches to a step, two steps to a pass, two passes to a rollout; gradients are clipped."""
+    args = tiny.config(
+        folder, max_steps=steps, num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, max_grad_norm=0.5, self_test=True, save_strategy="steps", save_steps=1.0,
+    )  # fmt: skip
+    run = kind(tiny.llama(), tiny.mixed, args, tiny.prompts(), processing_class=tiny.tokenizer())
+    error = None
+    try:
+        run.train(resume_from_checkpoint=resume)
+    except RuntimeError as caught:
+        error = str(caught)
+    saved = sorted(p.name for p in folder.glob("checkpoint-*"))
+    logs = [(log["loss"], log["grad_norm"]) for log in tiny.step_logs(run)]
+    return {
+        "parameters": tiny.parameters(run.model), "logs": logs, "error": error, "saved": saved,
+        "kind": run.accelerator.distributed_type.value,
+    }  # fmt: skip
+
+
+def worker(name, folder):
+    assert tiny.config(folder).distributed_state is not None
+    if name == "zero2":
+        pretend(2)
+    found = {"whole": trained(folder / name, 6), "broken": trained(folder / f"broken-{name}", 3, kind=Broken)}
+    found["rest"] = trained(folder / f"rest-{name}", 6, str(folder / name / "checkpoint-3"))
+    torch.save(found, folder / f"{name}.{os.environ['RANK']}.pt")
+
+
+# ---- ZeRO-2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    for name in ("ddp", "zero2"):
+        done = launch(__file__, name, folder, timeout=300)
+        assert done.returncode == 0, done.stderr[-6000:]
+    return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=False) for r in (0, 1)] for n in ("ddp", "zero2")}
+
+
+def largest_difference(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+class TestZero2:
+    pytestmark = needs_deepspeed
+
+    def test_trains_what_ddp_trains(self, runs):
+        """Gradients are summed in another order, in flat buffers: 4e-7 in float32 after six steps."""
+        assert {each["whole"]["kind"] for each in runs["ddp"]} == {"MULTI_CPU"}
+        start = tiny.parameters(tiny.trainer("unused").model)
+        for ddp, zero in zip(runs["ddp"], runs["zero2"], strict=True):
+            assert zero["whole"]["kind"] == "DEEPSPEED"
+            assert largest_difference(start, ddp["whole"]["parameters"]) > 1e-2
+            assert largest_difference(ddp["whole"]["parameters"], zero["whole"]["parameters"]) <= 1e-5
+            assert len(ddp["whole"]["logs"]) == 6
+            for mine, theirs in zip(ddp["whole"]["logs"], zero["whole"]["logs"], strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+    def test_resumes_within_a_rollout(self, runs):
+        for each in runs["zero2"]:
+            assert largest_difference(each["whole"]["parameters"], each["rest"]["parameters"]) <= 1e-6
+            assert each["whole"]["logs"] == each["rest"]["logs"]
+
+    @pytest.mark.parametrize("name", ["ddp", "zero2"])
+    def test_stops_at_a_gradient_that_is_not_finite(self, name, runs):
+        for each in runs[name]:
+            assert "the gradient is not finite at step 1" in each["broken"]["error"]
+            assert "checkpoint-1" in each["broken"]["error"]
+            assert each["broken"]["saved"] == ["checkpoint-1"]
+
+
+# ---- ZeRO-3 --------------------------------------------------------------------------------------------------------
+
+
+def zero(stage):
+    return SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+
+
+@pytest.mark.parametrize("args", [zero(1), zero(2), SimpleNamespace(deepspeed_plugin=None), SimpleNamespace()])
+def test_what_is_not_zero3_is_not_refused(args):
+    assert why_no_zero3(args) is None
+
+
+def test_zero3_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setattr(DeepSpeedPlugin, "set_deepspeed_weakref", lambda _: None)  # needs deepspeed itself
+    with pytest.raises(ValueError, match=f"PPOConfig: .*{REFUSED}"):
+        tiny.config(tmp_path)
+
+
+def test_zero3_is_refused_in_the_mixin():
+    with pytest.raises(ValueError, match=f"KLAnchorMixin: .*{REFUSED}"):
+        check_anchor(SimpleNamespace(args=zero(3)), None, 0)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], Path(sys.argv[2]))
+    leave()
