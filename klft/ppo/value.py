@@ -101,7 +101,8 @@ def install_hooks(model: nn.Module) -> None:
             states = getattr(critic, critic.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
             values = critic.score(states).squeeze(-1)[:, -hidden.shape[1] :]
         else:
-            values = base.v_head(hidden.to(torch.float32)).squeeze(-1)
+            dtype = next(base.v_head.parameters()).dtype  # fp32, unless DeepSpeed has made all of the policy 16 bit
+            values = base.v_head(hidden.to(dtype)).squeeze(-1)
         # A plain dictionary: DDP takes outputs apart and rebuilds them, and a ModelOutput refuses the new key.
         # No views: FSDP2 warns of units that return one.
         return {"logits": output.logits.clone(), OUTPUT_KEY: values.to(torch.float32, copy=True)}
