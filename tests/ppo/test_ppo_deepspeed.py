@@ -1,5 +1,7 @@
 """PPO under DeepSpeed on two processes: ZeRO-2 gives the parameters of DDP, ZeRO-3 is refused before a model is loaded.
 
+A loop that takes its KL from logits goes with ZeRO-3 too.
+
 DeepSpeed is no dependency of klft: without it the tests that run it are skipped. On a CPU accelerate leaves DeepSpeed
 out; here the state says there were GPUs once gloo is connected, so that DeepSpeed's own engine and optimizer run. Real
 are the split gradients and optimizer state; not real are CUDA, NCCL and 16 bit. To run them without installing it:
@@ -19,11 +21,13 @@ from types import SimpleNamespace
 import conftest  # noqa: F401 - also for the script: no hub, few threads
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from support import tiny
 from support.processes import launch, leave
 
+from klft import FixedKL, KLPenalty
 from klft.integrations.checks import check_anchor
 from klft.parallel import why_no_zero3
 
@@ -31,6 +35,7 @@ needs_deepspeed = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
+KINDS = ("ddp", "zero2", "zero3")
 REFUSED = "kept elsewhere by ZeRO-3 .*: use FSDP2, which splits the weights too, or ZeRO-2"
 
 
@@ -77,27 +82,63 @@ def trained(folder, steps, resume=None, kind=tiny.PPOTrainer, **changed):
     }  # fmt: skip
 
 
+def loop(stage=None):
+    """A loop of one's own, four steps of exact KL from logits: the parameters, gathered."""
+    plugin, clipped = None, {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    if stage:
+        pretend(stage)
+        plugin = DeepSpeedPlugin(zero_stage=stage, zero3_init_flag=False, **clipped)
+        plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    policy = tiny.llama(attention_dropout=0.0)
+    penalty = KLPenalty(tiny.apart(), estimator="exact", placement="loss", controller=FixedKL(1.0))
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), lr=1e-2))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(2 * step + accelerator.process_index)
+        ids = torch.randint(3, tiny.VOCABULARY, (4, 9), generator=generator)
+        real, counted = torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool)
+        counted[:, 0] = False
+        kl = penalty.measure(model(input_ids=ids, attention_mask=real).logits, ids, real, counted)
+        accelerator.backward(penalty.losses(kl).sum() / kl.mask.sum())
+        if not stage:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    if not stage:
+        return tiny.parameters(policy)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(policy.parameters())):
+        return tiny.parameters(policy)
+
+
 def worker(name, folder):
     assert tiny.config(folder).distributed_state is not None
+    if name == "zero3":
+        torch.save({"loop": loop(3)}, folder / f"{name}.{os.environ['RANK']}.pt")
+        return
     if name == "zero2":
         pretend(2)
     found = {"whole": trained(folder / name, 6), "broken": trained(folder / f"broken-{name}", 3, kind=Broken)}
     found["rest"] = trained(folder / f"rest-{name}", 6, str(folder / name / "checkpoint-3"))
     AcceleratorState._reset_state()  # one precision for each, as a process has
     found["bf16"] = trained(folder / f"bf16-{name}", 2, bf16=True)
+    if name == "ddp":
+        AcceleratorState._reset_state()
+        found["loop"] = loop()
     torch.save(found, folder / f"{name}.{os.environ['RANK']}.pt")
 
 
-# ---- ZeRO-2 --------------------------------------------------------------------------------------------------------
+# ---- the tests -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
-    for name in ("ddp", "zero2"):
+    for name in KINDS:
         done = launch(__file__, name, folder, timeout=300)
         assert done.returncode == 0, done.stderr[-6000:]
-    return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=False) for r in (0, 1)] for n in ("ddp", "zero2")}
+    return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=False) for r in (0, 1)] for n in KINDS}
 
 
 def largest_difference(mine, theirs):
@@ -142,7 +183,17 @@ class TestZero2:
             assert each["broken"]["saved"] == ["checkpoint-1"]
 
 
-# ---- ZeRO-3 --------------------------------------------------------------------------------------------------------
+class TestZero3:
+    pytestmark = needs_deepspeed
+
+    def test_a_loop_from_logits_trains_what_it_trains_under_ddp(self, runs):
+        start = tiny.parameters(tiny.llama())
+        for ddp, zero in zip(runs["ddp"], runs["zero3"], strict=True):
+            assert largest_difference(start, ddp["loop"]) > 1e-2
+            assert largest_difference(ddp["loop"], zero["loop"]) <= 1e-5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 def zero(stage):
