@@ -67,13 +67,13 @@ def largest_difference(mine, theirs):
 
 
 @pytest.mark.slow
-def test_two_launchers_train_what_one_trains(runs):
+def test_two_launchers_train_what_one_trains(runs, tmp_path):
     """To the bit, as a sum of two numbers has no order. Of more processes it has: gloo and NCCL choose their rings by
     which process lives where, and float32 sums differ in their last bits then."""
     found, _, _ = runs
     assert [each["local"] for each in found["one"]] == [0, 1]
     assert [each["local"] for each in found["two"]] == [0, 0], "each is the first of its machine"
-    start = tiny.parameters(tiny.trainer("unused").model)
+    start = tiny.parameters(tiny.trainer(tmp_path).model)
     for one, two in zip(found["one"], found["two"], strict=True):
         assert largest_difference(one["whole"]["parameters"], start) > 1e-2
         assert largest_difference(one["whole"]["parameters"], two["whole"]["parameters"]) <= 1e-6

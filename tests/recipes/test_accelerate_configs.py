@@ -117,12 +117,12 @@ def test_zero_leaves_accumulation_and_clipping_to_the_trainer(name, stage, monke
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def started(name, what):
+def started(name, what, folder):
     """`accelerate launch --config_file` of this file, on the CPU: how it ended."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options_of(name, "--num_processes", "2")]
     few = environment(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", KLFT_TEST_THREADS="1")
     command += ["--mixed_precision", "no", __file__, what]
-    return subprocess.run(command, capture_output=True, text=True, env=few, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, env=few, timeout=200, cwd=folder)
 
 
 def world():
@@ -145,8 +145,8 @@ def trainer():
 
 
 @pytest.mark.slow
-def test_ddp_runs():
-    done = started("ddp", "world")
+def test_ddp_runs(tmp_path):
+    done = started("ddp", "world", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout) == {"world": [[0, 0], [1, 1]], "backend": "gloo"}
 
@@ -165,8 +165,8 @@ def test_two_nodes_run(tmp_path):
 @pytest.mark.parametrize(("name", "message"), [
     ("fsdp2", "FSDP was asked for and MULTI_CPU runs"), ("tp", "ParallelismConfig is only compatible"),
 ])  # fmt: skip
-def test_what_needs_gpus_does_not_run_as_ddp_on_a_cpu(name, message):
-    done = started(name, "trainer")
+def test_what_needs_gpus_does_not_run_as_ddp_on_a_cpu(name, message, tmp_path):
+    done = started(name, "trainer", tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
 
