@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from support import tiny
 from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, OPTForCausalLM
 
@@ -42,6 +43,50 @@ def test_an_adapter_that_moves_the_base_gets_a_frozen_copy(changed, tmp_path):
     assert isinstance(reference, FrozenReference)
     run.train()
     assert kl_of(base, reference) == 0
+
+
+def corda(base):
+    """As peft's preprocess_corda leaves the layers (which needs a package that is not here): here with W's own SVD."""
+    for layer in base.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            u, s, v = torch.linalg.svd(linear.weight.detach())
+            linear.eigens = SimpleNamespace(U_WC=u[:, :2], S_WC=s[:2], V_WC=v[:2].T)
+    return lora(init_lora_weights="corda", corda_config=CordaConfig())
+
+
+def loftq(base):
+    config = lora()  # the configuration asks for scipy itself
+    config.init_lora_weights, config.loftq_config = "loftq", {"loftq_bits": 4, "loftq_iter": 1}
+    return config
+
+
+def rounded(weight, num_bits, reduced_rank, **_):
+    """What LoftQ does to a weight, without bitsandbytes: (rounded to few bits, A, B)."""
+    step = 2 * weight.abs().max() / 2**num_bits
+    rows, columns = weight.shape
+    return (weight / step).round() * step, torch.zeros(reduced_rank, columns), torch.zeros(rows, reduced_rank)
+
+
+@pytest.mark.parametrize("prepare", [corda, loftq])
+def test_an_adapter_that_rewrites_the_base_gets_a_copy_made_before(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
+    base = tiny.llama()
+    initial = copy.deepcopy(base)
+    run = tiny.trainer(tmp_path, base, given={"peft_config": prepare(base)}, max_steps=2, kl_coef=0.0)
+    moved = run.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert (moved - initial.model.layers[0].self_attn.q_proj.weight).abs().max() > 1e-2
+    assert isinstance(run.penalty.reference, FrozenReference)
+    run.train()
+    assert kl_of(initial, run.penalty.reference) == 0
+    kind = prepare.__name__
+    with pytest.raises(ValueError, match=f"'{kind}' rewrites the base weights.*second time"):
+        AdapterReference(run.model)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda'")
+def test_corda_without_its_preparation_is_named(tmp_path):
+    with pytest.raises(ValueError, match="preprocess_corda"):
+        tiny.trainer(tmp_path, given={"peft_config": lora(init_lora_weights="corda")})
 
 
 def test_an_ordinary_adapter_is_its_own_reference(tmp_path):
