@@ -44,10 +44,14 @@ def _hub() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
+def _offline() -> str | None:
+    """The variable by which the user has said that the hub is not to be asked."""
+    return next((v for v in OFFLINE if os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
 def unreachable(name: str) -> bool:
     """Whether `name` is for the hub, which does not answer: then only what is in the cache can be loaded."""
-    offline = any(os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in OFFLINE)
-    return not (offline or Path(name).exists()) and not reachable(_hub())
+    return not (_offline() or Path(name).exists()) and not reachable(_hub())
 
 
 def _source(name: str) -> dict[str, Any]:
@@ -62,7 +66,9 @@ def _explained(role: str, name: str):
         yield
     except Exception as error:
         where = "" if Path(name).exists() else "there is no such folder, and "
-        if unreachable(name):
+        if where and _offline():
+            where += f"{_offline()} is set, so the hub is not asked: "
+        elif unreachable(name):
             where += f"the hub ({_hub()}) does not answer: "
         damaged = _damaged_file(name) if isinstance(error, SafetensorError) else None
         if damaged:

@@ -285,10 +285,13 @@ GOOD = ["policy", "reference", "--texts", "texts.txt"]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["diff", "nowhere", "reference", "--texts", "texts.txt"], "model nowhere: there is no such folder, and"),
+        (
+            ["diff", "nowhere", "reference", "--texts", "texts.txt"],
+            "model nowhere: there is no such folder, and HF_HUB_OFFLINE",
+        ),
         (
             ["diff", "policy", "some/model", "--texts", "texts.txt"],
-            "reference some/model: there is no such folder, and",
+            "reference some/model: there is no such folder, and HF_HUB_OFFLINE is set, so the hub is not asked: ",
         ),
         (["diff", "policy", "critic", "--texts", "texts.txt"], "reference critic: .*SequenceClassification"),
         (["diff", "policy", "other", "--texts", "texts.txt"], "tokenizers .* differ in 2 ids: 7 is 'w4' and 'w9'"),
@@ -309,9 +312,11 @@ GOOD = ["policy", "reference", "--texts", "texts.txt"]
         (["diff", *GOOD, "--device", "cuda:7"], "device 'cuda:7' cannot be used"),
         (["diff", *GOOD, "--batch-size", "0"], "--batch-size.* 1"),
         (["diff", *GOOD, "--max-length", "many"], "--max-length.*integer"),
-        (["diff", *GOOD, "--tempreature", "1"], "No such option: --tempreature"),
+        (["diff", *GOOD, "--tempreature", "1"], "No such option: --tempreature.*--temperature"),
         (["diff"], "Missing argument 'MODEL'"),
         (["compare"], "No such command 'compare'"),
+        (["dif"], r"No such command 'dif'\. Did you mean 'diff'\?"),
+        (["report", "policy", "--sequence", "3"], "No such option: --sequence.*--sequences"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["report", "."], "holds no .*parquet"),
         (["report", "texts.txt"], "texts.txt is truncated or no Parquet file"),

@@ -1,9 +1,11 @@
 """Checkpoints and adapters that are not the model they say: refused by name, before anything is scored."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,66 @@ def test_a_hub_that_does_not_answer_is_not_asked_for_a_minute(tmp_path):
     assert model.split(" ", 1)[1].startswith(said)
     assert dataset.split(" ", 1)[1].startswith("some/dataset: ")
     assert max(float(line.split()[0]) for line in (model, dataset)) < 5, done.stdout
+
+
+REFUSALS = {  # what the hub answers
+    "gated/model": (403, "GatedRepo", "You are trying to access a gated repo"),
+    "no/model": (401, "RepoNotFound", "is not a valid model identifier"),
+}
+REFUSED = """
+import sys
+from klft.cli import main
+from klft.loading import load_model
+
+for name in sys.argv[1:]:
+    try:
+        load_model(name, "reference")
+    except ValueError as error:
+        print(str(error))
+    sys.argv = ["klft", "diff", name, "some/model", "--texts", "texts.txt"]
+    try:
+        main()
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for these two models."""
+
+    def do_HEAD(self):
+        code, error, _ = next((r for name, r in REFUSALS.items() if name in self.path), (200, "", ""))
+        self.send_response(code)
+        for name, value in {"X-Error-Code": error, "X-Error-Message": error, "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_models_that_the_hub_does_not_give_are_one_line_each(tmp_path):
+    (tmp_path / "texts.txt").write_text("w1 w2\n")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        given = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        command, variables = [sys.executable, "-c", REFUSED, *REFUSALS], os.environ | given
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=variables, timeout=300, check=True, cwd=tmp_path
+        )
+        hub.shutdown()
+    outputs, errors = done.stdout.splitlines(), done.stderr.splitlines()
+    assert (len(outputs), len(errors)) == (4, 2), done
+    for (name, (_, _, said)), library, code, error in zip(
+        REFUSALS.items(), outputs[::2], outputs[1::2], errors, strict=True
+    ):
+        assert code == "2"
+        for line, role in ((library, "reference"), (error, "error: model")):
+            assert line.startswith(f"{role} {name}: there is no such folder, and ")
+            assert said in line
 
 
 # --- vision-language models ------------------------------------------------------------------------------------------
