@@ -5,6 +5,7 @@ TrlParser takes whatever YAML holds: a misspelt key's advice is for developers, 
 and lists pass for numbers. `parse_arguments` looks at the file first and says file, line, and what to do.
 """
 
+import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -151,16 +152,27 @@ def _written(page: Path, opened: bool) -> None:
 
 def main() -> None:
     """The command line `klft`. Exit codes: 1 failed while running, 2 bad usage, 130 Ctrl-C; errors in one line."""
+    stdout = sys.stdout
     with escaping_output():
-        _run()
+        try:
+            _run()
+        finally:
+            try:
+                stdout.flush()
+            except OSError:  # said already; what is left to print goes nowhere, or Python itself would fail with it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 def _run() -> None:
-    if sys.argv[1:] == ["--version"]:
-        print(f"klft {__version__}")
-        return
+    code = 0
     try:
-        code = app([each for each in sys.argv[1:] if each != "--debug"], prog_name="klft", standalone_mode=False)
+        if sys.argv[1:] == ["--version"]:
+            print(f"klft {__version__}")
+        else:
+            code = app([each for each in sys.argv[1:] if each != "--debug"], prog_name="klft", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
+        sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
