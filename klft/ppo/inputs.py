@@ -270,12 +270,18 @@ def prompt_rows(dataset: Dataset) -> Dataset:
     return dataset.select_columns([c for c in ("prompt", *TEMPLATE_COLUMNS) if c in dataset.column_names])
 
 
+def _all_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """All rows, read at once: one by one takes a hundred times as long."""
+    columns: Any = dataset[:]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def check_templates(dataset: Dataset, name: str, args: PPOConfig, tokenizer: Any, judges: Sequence[Any]) -> None:
     """Raise ValueError where a conversation could not be rendered, for the policy or for a reward model."""
     if set(TEMPLATE_COLUMNS) & set(dataset.column_names):
         for row in prompt_rows(dataset):
             template_arguments(row, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]
-    if all(isinstance(prompt, str) for prompt in dataset["prompt"]):
+    if all(isinstance(prompt, str) for prompt in dataset["prompt"][:]):
         return
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -302,10 +308,11 @@ def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     clash = {"prompts", "completions", "completion_ids"} & set(dataset.column_names)
     if clash:
         raise ValueError(f"{name}: rename the column(s) {sorted(clash)}; reward functions get the sampled ones")
-    strange = next(((i, why) for i, p in enumerate(dataset["prompt"]) if (why := _why_no_prompt(p))), None)
+    prompts = dataset["prompt"][:]  # at once, see _all_rows
+    strange = next(((i, why) for i, p in enumerate(prompts) if (why := _why_no_prompt(p))), None)
     if strange is not None:
-        raise ValueError(f"{name}: prompt {strange[0]} {strange[1]}, got {dataset['prompt'][strange[0]]!r:.120}")
-    filled = [i for i, p in enumerate(dataset["prompt"]) if p and not (isinstance(p, str) and p.isspace())]
+        raise ValueError(f"{name}: prompt {strange[0]} {strange[1]}, got {prompts[strange[0]]!r:.120}")
+    filled = [i for i, p in enumerate(prompts) if p and not (isinstance(p, str) and p.isspace())]
     if len(filled) < len(dataset):
         logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
         dataset = dataset.select(filled)
@@ -333,7 +340,7 @@ def check_lengths(
     rows: list[Any] = [
         row
         for dataset in datasets
-        for row in prompt_rows(dataset)
+        for row in _all_rows(prompt_rows(dataset))
         if not isinstance(row["prompt"], str) or len(row["prompt"].encode()) + 8 > left  # pyright: ignore
     ]
     prompts, templates = (

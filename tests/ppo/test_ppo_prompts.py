@@ -1,5 +1,7 @@
 """Special tokens of prompts: one BOS, no EOS that a tokenizer appends, BOS kept in cut prompts, cuts counted."""
 
+import logging
+
 import pytest
 from datasets import Dataset
 from support import tiny
@@ -8,6 +10,7 @@ from tokenizers import processors
 from klft.prompts import cut_prompt, encode_prompt, encode_prompts, encode_texts
 
 BOS, EOS = tiny.BOS, tiny.EOS
+PADS_WITH_EOS = "the tokenizer has no pad token; padding with its EOS token '<eos>'"
 
 
 def ids(*words):
@@ -55,3 +58,25 @@ def test_cut_prompts_are_counted(tmp_path):
     run = tiny.trainer(tmp_path, data=data, max_steps=1)
     run.train()
     assert "prompts/truncated/frac" not in tiny.step_logs(run)[0]
+
+
+def test_a_dataset_without_prompts_is_told_what_it_has(tmp_path):
+    data = Dataset.from_dict({"question": ["w1"] * 64, "answer": ["w2"] * 64})
+    for given in ({"train_dataset": data}, {"eval_dataset": data}, {"eval_dataset": {"other": data}}):
+        (name,) = given
+        with pytest.raises(ValueError, match=rf"^{name}.* needs a column 'prompt' .*it has \['question', 'answer'\]"):
+            tiny.trainer(tmp_path, given=given)
+
+
+@pytest.mark.parametrize(("pad", "lines"), [(None, 1), ("<pad>", 0)])
+def test_without_a_pad_token_the_end_pads_and_it_is_said_once(pad, lines, tmp_path, caplog):
+    logger = logging.getLogger("klft.ppo.inputs")
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.addHandler(caplog.handler)
+        try:
+            run = tiny.trainer(tmp_path, given={"processing_class": tiny.tokenizer(pad=pad)}, max_steps=2)
+            run.train()
+        finally:
+            logger.removeHandler(caplog.handler)
+    said = [id(r) for r in caplog.records if r.getMessage() == PADS_WITH_EOS]
+    assert len(set(said)) == lines  # a record that also went up to the root counts once
