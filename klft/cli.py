@@ -81,6 +81,7 @@ def diff(
     from klft.diagnostics.measure import scored_table
     from klft.diagnostics.terminal import summary_table, worst_table
     from klft.prompts import encode_texts
+    from klft.scores import check_temperature
     from klft.scoring import score_texts
 
     with one_line_errors():
@@ -88,6 +89,7 @@ def diff(
             raise ValueError("name two models, MODEL and REF; or one PEFT adapter with --adapter, without REF")
         if (texts is None) == (dataset is None):
             raise ValueError("name the texts to compare on: one of --texts FILE and --dataset NAME")
+        check_temperature(temperature)
         check_writable(output)
         quiet()
         given = read_texts(texts or dataset or "", split=split, column=column, max_texts=max_texts)

@@ -64,6 +64,21 @@ def score_logits(
     )
 
 
+LEAST_TEMPERATURE = 1e-3
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless it is finite and at least LEAST_TEMPERATURE: logits are divided by it.
+
+    Below, what was sampled is in fp32 the likeliest token alone, whose KL to anything is infinite or 0.
+    """
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be finite and >= {LEAST_TEMPERATURE}, got {temperature}: logits are divided by it, "
+            "and with less only the likeliest token is left. Give the one that the tokens were sampled at, or 1"
+        )
+
+
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 SAMPLED = {"k1": k1, "k2": k2, "k3": k3}  # estimates of the reverse KL, of tokens that the policy sampled alone

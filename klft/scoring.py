@@ -39,7 +39,7 @@ from klft.models import (
 )
 from klft.prompts import Encoded, Text, encode_texts, pad, pad_id
 from klft.references import Reference, resolve_reference
-from klft.scores import TokenScores, score_logits
+from klft.scores import TokenScores, check_temperature, score_logits
 from klft.sharding import VocabShard
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class Scorer:
     """
 
     def __init__(self, reference: Reference, *, temperature: float = 1.0, top_k: int = 0, shard_vocab: str = "auto"):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        check_temperature(temperature)
         self.reference, self.temperature, self.top_k = reference, temperature, top_k
         self.shard_vocab = shard_vocab
         self._cut = VocabularyCut()
@@ -255,8 +254,7 @@ def score_texts(
     """
     if batch_size < 1 or top_k < 0:
         raise ValueError(f"batch_size must be at least 1 and top_k at least 0, got {batch_size} and {top_k}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    check_temperature(temperature)
     require_causal_lm(model, "model")
     reference = resolve_reference(reference, model)
     check_vocabularies(tokenizer, policy=vocab_size(model), reference=reference.vocab_size)

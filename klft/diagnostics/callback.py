@@ -41,6 +41,7 @@ from klft.prompts import (
     template_arguments,
 )
 from klft.references import Reference, resolve_reference
+from klft.scores import check_temperature
 from klft.scoring import score_texts
 from klft.writing import KL_FILES, check_unused, remove_files
 
@@ -98,6 +99,7 @@ class TokenKLCallback(TrainerCallback):
             )
         if isinstance(probe_prompts, str) or not len(probe_prompts):
             raise ValueError("TokenKLCallback: probe_prompts must be a list of at least one prompt")
+        check_temperature(temperature)
         self.reference, self.every, self.trainer = reference, every, trainer
         self.max_new_tokens, self.output_dir, self.prefix = max_new_tokens, output_dir, prefix
         self.overwrite, self._claimed = overwrite, set[Path]()

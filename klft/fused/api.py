@@ -20,7 +20,6 @@ On a CPU several Python threads share the work; a FLOP counter or a profiler tha
 of it under torch.set_num_threads(1).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,7 +37,7 @@ from klft.fused.plan import FusedPlan, make_plan
 from klft.fused.tile import EXACT
 from klft.heads import LMHead
 from klft.masked import check_ids
-from klft.scores import TokenScores
+from klft.scores import TokenScores, check_temperature
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -106,8 +105,7 @@ def _checked(
     temperature: float,
 ) -> tuple[ModelSide, ModelSide | None, Tensor]:
     """(policy, reference, token ids [N]); -1 where no token's logp is asked for."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    check_temperature(temperature)
     if (ref_hidden is None) != (ref_head is None):
         raise ValueError("ref_hidden and ref_head belong together: give both or neither")
     n = hidden.shape[0] if token_ids is None else token_ids.shape[0]

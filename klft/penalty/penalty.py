@@ -32,7 +32,7 @@ from klft.models import VocabularyCut
 from klft.penalty.combinations import check_combination, check_divergence, effective_placement, warn_of
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
-from klft.scores import TokenScores, score_logits
+from klft.scores import TokenScores, check_temperature, score_logits
 from klft.shaping import shape_rewards
 from klft.sharding import all_reduce_sum
 
@@ -127,8 +127,7 @@ class KLPenalty:
         Raises ValueError for shapes that do not belong together, and for negative ids (labels with -100).
         """
         _check_measured(logits, input_ids, attention_mask, mask)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"KLPenalty.measure: temperature must be a finite number above 0, got {temperature}")
+        check_temperature(temperature)
         # Only tokens that a real token predicts: not the first of a text, whatever is padded before it.
         real = attention_mask.to(mask.device) != 0
         mask = as_mask(mask) & real & real.roll(1, 1) & (torch.arange(mask.shape[1], device=mask.device) > 0)

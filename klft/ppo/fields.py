@@ -13,6 +13,7 @@ from klft.estimators import DIRECTIONS
 from klft.parallel import PLACEMENTS as MODEL_PLACEMENTS
 from klft.penalty import ESTIMATES, PLACEMENTS
 from klft.prompts import why_no_template_kwargs
+from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
 
 SCHEDULES = {"scheduled": "linear", "scheduled_cosine": "cosine"}
@@ -153,7 +154,7 @@ VALIDATORS: dict[str, Validator] = {
     "num_mini_batches": _COUNT,
     "max_prompt_length": number(least=1, whole=True, optional=True),
     "max_completion_length": _COUNT,
-    "temperature": number(least=1e-3),
+    "temperature": number(least=LEAST_TEMPERATURE),
     "top_p": number(above=0, most=1),
     "top_k": number(whole=True),
     "generation_kwargs": generation_settings,

@@ -307,7 +307,7 @@ GOOD = ["policy", "reference", "--texts", "texts.txt"]
         (["diff", "policy", "reference", "--texts", "no.txt"], "no.txt: No such file"),
         (["diff", *GOOD, "--column", "text", "-o", "texts.txt/page.html"], "texts.txt/page.html cannot be written"),
         (["diff", "nowhere", "none", "--texts", "no", "-o", "."], r"\. is a folder"),  # before all else
-        (["diff", *GOOD, "--temperature", "0"], "temperature must be a finite number above 0"),
+        (["diff", *GOOD, "--temperature", "0"], "temperature must be finite and >= 0.001, got 0.0"),
         (["diff", *GOOD, "--dtype", "int8"], "dtype must be one of auto, float32"),
         (["diff", *GOOD, "--device", "cuda:7"], "device 'cuda:7' cannot be used"),
         (["diff", *GOOD, "--batch-size", "0"], "--batch-size.* 1"),
