@@ -296,10 +296,10 @@ def check_templates(dataset: Dataset, name: str, args: PPOConfig, tokenizer: Any
             )
 
 
-def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
-    """Check for a `prompt` column and enough rows; drop empty prompts and say how many.
+def check_dataset(dataset: Any, name: str) -> Dataset:
+    """Check for a `prompt` column; drop empty prompts and say how many.
 
-    Raises TypeError for a streaming dataset, ValueError for a missing column or too few rows.
+    Raises TypeError for a streaming dataset, ValueError for a missing column or where no prompt is left.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name}: expected a datasets.Dataset with a length, got {type(dataset).__name__}")
@@ -316,12 +316,30 @@ def check_dataset(dataset: Any, name: str, at_least: int) -> Dataset:
     if len(filled) < len(dataset):
         logger.warning(f"{name}: dropped {len(dataset) - len(filled)} empty prompt(s) of {len(dataset)}")
         dataset = dataset.select(filled)
-    if len(dataset) < at_least:
-        raise ValueError(
-            f"{name} has {len(dataset)} prompt(s), and one rollout takes {at_least} = per_device_train_batch_size * "
-            "gradient_accumulation_steps * num_mini_batches * processes. Make one of those smaller."
-        )
+    if not len(dataset):
+        raise ValueError(f"{name} has no prompt")
     return dataset
+
+
+def check_rollout_size(prompts: int, args: PPOConfig) -> None:
+    """Raise ValueError, with sizes that fit, where a rollout takes more prompts; say how many a pass leaves over."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    sizes = {name: getattr(args, name) for name in names} | {"processes": args.world_size}
+    takes = args.episodes_per_rollout
+    arithmetic = f"one rollout takes {takes} = " + " * ".join(f"{size} ({name})" for name, size in sizes.items())
+    if prompts < takes:
+        fit = [f"{name} = {prompts * size // takes}" for name, size in sizes.items() if prompts * size >= takes]
+        raise ValueError(
+            f"train_dataset has {prompts} prompt(s), and {arithmetic}. What would fit: "
+            f"{', or '.join(fit) if fit else f'sizes whose product is at most {prompts}'}; or {takes} prompts"
+        )
+    unused = prompts % takes
+    if unused and args.process_index == 0:
+        which = "the last ones" if args.train_sampling_strategy == "sequential" else "others each time"
+        logger.warning(
+            f"train_dataset: a pass leaves {unused} of {prompts} prompts unused ({which}): {arithmetic}. With "
+            f"{prompts - unused} or {prompts - unused + takes} prompts it would leave none"
+        )
 
 
 def check_lengths(
@@ -364,11 +382,12 @@ def check_datasets(
 ) -> tuple[Any, Any]:
     """Both datasets checked; the evaluation's may be a dictionary of several. judges: the reward functions."""
     if train is not None:
-        train = check_dataset(train, "train_dataset", args.episodes_per_rollout)
+        train = check_dataset(train, "train_dataset")
+        check_rollout_size(len(train), args)
     if isinstance(evaluation, dict):
-        evaluation = {name: check_dataset(d, f"eval_dataset[{name!r}]", 1) for name, d in evaluation.items()}
+        evaluation = {name: check_dataset(d, f"eval_dataset[{name!r}]") for name, d in evaluation.items()}
     elif evaluation is not None:
-        evaluation = check_dataset(evaluation, "eval_dataset", 1)
+        evaluation = check_dataset(evaluation, "eval_dataset")
     for name, datasets in {"train_dataset": listed(train, None), "eval_dataset": listed(None, evaluation)}.items():
         for dataset in datasets:
             check_templates(dataset, name, args, tokenizer, judges)

@@ -1,4 +1,4 @@
-"""Special tokens of prompts: one BOS, no EOS that a tokenizer appends, BOS kept in cut prompts, cuts counted."""
+"""Prompts: one BOS, no EOS that a tokenizer appends, BOS kept in cut ones, cuts counted; how many a rollout takes."""
 
 import logging
 
@@ -7,6 +7,7 @@ from datasets import Dataset
 from support import tiny
 from tokenizers import processors
 
+from klft.ppo.inputs import check_datasets
 from klft.prompts import cut_prompt, encode_prompt, encode_prompts, encode_texts
 
 BOS, EOS = tiny.BOS, tiny.EOS
@@ -80,3 +81,64 @@ def test_without_a_pad_token_the_end_pads_and_it_is_said_once(pad, lines, tmp_pa
             logger.removeHandler(caplog.handler)
     said = [id(r) for r in caplog.records if r.getMessage() == PADS_WITH_EOS]
     assert len(set(said)) == lines  # a record that also went up to the root counts once
+
+
+# ---- how many a rollout takes --------------------------------------------------------------------------------------
+
+
+def checked(train, evaluation=None, **sizes):
+    args = tiny.config("unused", **sizes)
+    return check_datasets(train, evaluation, args, tiny.tokenizer(), [])
+
+
+@pytest.mark.parametrize(("prompts", "sizes", "fit"), [
+    (7, (8, 1, 1), "per_device_train_batch_size = 7; or 8 prompts"),
+    (7, (4, 3, 2), "per_device_train_batch_size = 1; or 24 prompts"),
+    (9, (4, 3, 2), "per_device_train_batch_size = 1, or gradient_accumulation_steps = 1; or 24 prompts"),
+    (1, (2, 2, 2), "sizes whose product is at most 1; or 8 prompts"),
+])  # fmt: skip
+def test_too_few_prompts_are_refused_with_the_arithmetic_and_what_would_fit(prompts, sizes, fit):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    product = " * ".join(f"{size} ({name})" for size, name in zip((*sizes, 1), (*names, "processes"), strict=True))
+    takes = sizes[0] * sizes[1] * sizes[2]
+    with pytest.raises(ValueError, match="one rollout takes") as refused:
+        checked(tiny.prompts(prompts), **dict(zip(names, sizes, strict=True)))
+    assert str(refused.value) == (
+        f"train_dataset has {prompts} prompt(s), and one rollout takes {takes} = {product}. What would fit: {fit}"
+    )
+    if " = " in fit:  # each of them does, and one more would not
+        for name, size in (each.split(" = ") for each in fit.partition(";")[0].split(", or ")):
+            others = dict(zip(names, sizes, strict=True)) | {name: int(size)}
+            checked(tiny.prompts(prompts), **others)
+            with pytest.raises(ValueError, match="one rollout takes"):
+                checked(tiny.prompts(prompts), **(others | {name: int(size) + 1}))
+
+
+def test_an_evaluation_set_needs_one_prompt_and_no_arithmetic():
+    blank = Dataset.from_dict({"prompt": [" "]})
+    with pytest.raises(ValueError, match=r"^eval_dataset has no prompt$"):
+        checked(None, blank)
+    with pytest.raises(ValueError, match=r"^eval_dataset\['b'\] has no prompt$"):
+        checked(None, {"a": tiny.prompts(1), "b": blank})
+
+
+@pytest.mark.parametrize(("order", "which"), [("random", "others each time"), ("sequential", "the last ones")])
+def test_prompts_that_a_pass_leaves_unused_are_said_once_at_the_start(tmp_path, caplog, order, which):
+    sizes = {"per_device_train_batch_size": 4, "num_mini_batches": 1, "gradient_accumulation_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        run = tiny.trainer(
+            tmp_path,
+            data=tiny.prompts(11),
+            train_sampling_strategy=order,
+            num_train_epochs=2,
+            num_ppo_epochs=1,
+            **sizes,
+        )
+        run.train()
+    (said,) = [record.getMessage() for record in caplog.records if "unused" in record.getMessage()]
+    assert said.startswith(f"train_dataset: a pass leaves 3 of 11 prompts unused ({which}): one rollout takes 4 = 4 (")
+    assert said.endswith("With 8 or 12 prompts it would leave none")
+    assert run.state.global_step == 4
+    caplog.clear()
+    checked(tiny.prompts(12))
+    assert "unused" not in caplog.text
