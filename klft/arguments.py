@@ -2,14 +2,12 @@
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import sys
 import tempfile
 import types
 import typing
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 from klft.exits import record_reason
-from klft.writing import error_line, print_error
+from klft.writing import did_you_mean, error_line, print_error
 
 # What `env:` in a file may set. Of the others many run code in every process or send data elsewhere: no list of those
 # would be complete.
@@ -76,13 +74,8 @@ def _check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
     named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
     for name in sorted(named - fields.keys() - {"config", "help"}):
         if not any(field.startswith((name, name.removeprefix("no_"))) for field in fields):  # as argparse takes them
-            raise ValueError(f"unknown option --{name}{_did_you_mean(name, fields, '--{}'.format)}")
+            raise ValueError(f"unknown option --{name}{did_you_mean(name, fields, '--{}'.format)}")
     return named
-
-
-def _did_you_mean(name: str, fields: dict[str, Any], shown: Callable[[str], str]) -> str:
-    close = difflib.get_close_matches(name, fields, n=1)
-    return f". Did you mean {shown(close[0])}?" if close else ""
 
 
 def _without_replaced(path: Path, values: dict[str, Any], named: set[str], folder: Path) -> Path:
@@ -126,7 +119,7 @@ def check_yaml(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         if key == "env":
             _check_env(path, line, values["env"])
         elif key not in fields:
-            raise ValueError(f"{path}:{line}: unknown key {key!r}{_did_you_mean(str(key), fields, repr)}")
+            raise ValueError(f"{path}:{line}: unknown key {key!r}{did_you_mean(str(key), fields, repr)}")
         elif not fits(values[key], fields[key]):
             raise ValueError(f"{path}:{line}: {key} must be {_name(fields[key])}, got {values[key]!r:.80}")
     return values

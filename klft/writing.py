@@ -1,10 +1,11 @@
 """Files that appear whole or not at all, and text that is safe to print. Standard library only."""
 
+import difflib
 import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -78,6 +79,12 @@ def escaping_output() -> Iterator[None]:
     finally:
         for stream, errors in zip(streams, before, strict=True):
             stream.reconfigure(errors=errors)
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+    """ ". Did you mean ...?" with the most similar of the known names, to end an error about `name`; "" for none."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean {shown(close[0])}?" if close else ""
 
 
 def error_line(text: str) -> str:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, TrainingArguments
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.parallel import why_no_zero3
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
-from klft.ppo.fields import IGNORED, OWN_ORDER, SCHEDULES, VALIDATORS, as_dict, scheduler_problem
+from klft.ppo.fields import IGNORED, OWN_ORDER, SCHEDULES, VALIDATORS, as_dict, precision_problems, scheduler_problem
 from klft.references import Reference
 
 
@@ -180,7 +180,7 @@ class PPOConfig(TrainingArguments):
         return [problem for holds, problem in found if holds]
 
     def _contradictions(self) -> list[str]:
-        problems = self._controller_contradictions()
+        problems = self._controller_contradictions() + precision_problems(self)
         try:
             check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
         except ValueError as error:

@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
@@ -15,6 +16,7 @@ from klft.penalty import ESTIMATES, PLACEMENTS
 from klft.prompts import why_no_template_kwargs
 from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
+from klft.writing import did_you_mean
 
 SCHEDULES = {"scheduled": "linear", "scheduled_cosine": "cosine"}
 CONTROLLERS = ("fixed", "adaptive", "pi", "target", *SCHEDULES)
@@ -46,9 +48,14 @@ def number(
 
 def choice(*known: str, optional: bool = False) -> Validator:
     """One of some names; `optional`: or None."""
-    return lambda value: (
-        None if value in known or (optional and value is None) else f"must be one of {', '.join(known)}, got {value!r}"
-    )
+
+    def validate(value: Any) -> str | None:
+        if value in known or (optional and value is None):
+            return None
+        similar = did_you_mean(value if isinstance(value, str) else "", known)  # first: the line may be cut
+        return f"{f'is unknown{similar} It ' if similar else ''}must be one of {', '.join(known)}, got {value!r:.80}"
+
+    return validate
 
 
 def boolean(value: Any) -> str | None:
@@ -135,6 +142,16 @@ def scheduler_problem(args: TrainingArguments) -> str | None:
     return None
 
 
+def precision_problems(args: TrainingArguments) -> list[str]:
+    """Precisions that are asked for and cannot be had. (bf16 on a CPU can.)"""
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    of_gpus = [name for name in ("fp16", "tf32") if on_cpu and getattr(args, name)]
+    whole = [name for name in ("fp16_full_eval", "bf16_full_eval") if getattr(args, name)]
+    found = [f"{name} needs a GPU, and this runs on a CPU" for name in of_gpus]
+    found += [f"{name} casts the policy for an evaluation, and not its value function" for name in whole]
+    return [f"{problem}: leave it out, or say bf16=True" for problem in found]
+
+
 _COUNT, _POSITIVE = number(least=1, whole=True), number(above=0)
 GENERATION_VALUES: dict[str, Validator] = {  # what generate would refuse once the models are loaded, or never
     "repetition_penalty": _POSITIVE,
@@ -216,6 +233,12 @@ VALIDATORS: dict[str, Validator] = {
     "log_level_replica": choice("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "logging_nan_inf_filter": boolean,
     "remove_unused_columns": boolean,
+}
+VALIDATORS |= {  # all choices of the Trainer's own: its enums' messages name no field
+    name: choice(*(member.value for member in kind))
+    for name, hint in get_type_hints(TrainingArguments).items()
+    for kind in get_args(hint)
+    if isinstance(kind, type) and issubclass(kind, Enum)
 }
 
 # Fields of the Trainer that say nothing to PPO, as the Trainer has them by default, and why.
