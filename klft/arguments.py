@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import sys
 import tempfile
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,29 @@ def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) ->
         from trl import TrlParser  # takes seconds: not before what is wrong is said
 
         parser: Any = TrlParser(list(classes), usage=argparse.SUPPRESS)  # pyright: ignore
-        return parser.parse_args_and_config(given)
+        made = parser.parse_args_and_config(given)
+    for name, value in (pair for settings in made for pair in _numbers(settings)):
+        if not abs(value) < math.inf:
+            raise ValueError(f"{name} must be a finite number, got {value}")
+    return made
+
+
+def _numbers(settings: Any) -> Iterator[tuple[str, float]]:
+    """(field, number) of a dataclass, those in lists and mappings too."""
+    waiting = [(name, getattr(settings, name)) for name in hints(type(settings))]
+    while waiting:
+        name, value = waiting.pop(0)
+        if isinstance(value, (list, tuple, dict)):
+            waiting += [(name, each) for each in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+
+
+def check_positive(settings: object, zero: Sequence[str] = ()) -> None:
+    """Raise ValueError, naming the field of a dataclass, for a number that is not above 0; in `zero`: or 0."""
+    for name, value in _numbers(settings):
+        if value < 0 or (value == 0 and name not in zero):
+            raise ValueError(f"{name} must be {'0 or more' if name in zero else 'above 0'}, got {value}")
 
 
 def _check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
@@ -150,12 +174,15 @@ def _check_size(path: Path, text: str) -> None:
 
 def _check_nodes(path: Path, node: yaml.Node | None) -> None:
     """Raise ValueError for a key that stands twice in one mapping, and for what only YAML takes for a number."""
-    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and NO_DECIMAL.fullmatch(node.value):
-        read = yaml.safe_load(node.value)
-        raise ValueError(
-            f"{path}:{node.start_mark.line + 1}: {node.value} is no decimal number, and YAML reads {read}: "
-            f'write {read}, or "{node.value}" for text'
-        )
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
+        read, place = yaml.safe_load(node.value), f"{path}:{node.start_mark.line + 1}"
+        if NO_DECIMAL.fullmatch(node.value):
+            raise ValueError(
+                f"{place}: {node.value} is no decimal number, and YAML reads {read}: "
+                f'write {read}, or "{node.value}" for text'
+            )
+        if isinstance(read, float) and not abs(read) < math.inf:
+            raise ValueError(f"{place}: {node.value} is no finite number")
     if isinstance(node, yaml.SequenceNode):
         for each in node.value:
             _check_nodes(path, each)
@@ -190,10 +217,9 @@ def fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in (int, float) and isinstance(value, str):  # YAML reads 3e-4 as text
         try:
-            hint(value)
+            return abs(hint(value)) < math.inf
         except ValueError:
             return False
-        return True
     if hint is bool:
         return isinstance(value, bool)
     if hint is int:

@@ -38,13 +38,14 @@ from transformers import (
 )
 
 from klft import FrozenReference, LMHead, causal_inputs, hidden_states, linear_divergence, token_logps, token_scores
-from klft.arguments import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_positive, check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.exits import exit_codes
 from klft.generation import Completions, sample_completions
 from klft.loading import load_model, load_tokenizer
 from klft.models import check_tokenizers, vocab_size
 from klft.prompts import encode_prompts, eos_ids, pad, pad_id
+from klft.scores import check_temperature
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 SAMPLERS = ("student", "teacher")
@@ -299,6 +300,8 @@ def draw(bars: dict[str, list[float]], path: Path) -> None:
 
 def check_settings(settings: Settings, accelerator: Accelerator) -> None:
     """Raise ValueError for what cannot work, before anything takes time."""
+    check_positive(settings, zero=("seed",))
+    check_temperature(settings.temperature)
     if settings.processes not in (None, accelerator.num_processes):
         way_out = "Launch as the second line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {settings.processes} process(es), got {accelerator.num_processes}. {way_out}")
@@ -310,8 +313,8 @@ def check_settings(settings: Settings, accelerator: Accelerator) -> None:
     own = [settings.teacher_name_or_path, settings.model_name_or_path, settings.prompts]
     if any(own) and not all(own):
         raise ValueError("teacher_name_or_path, model_name_or_path and prompts go together: name all three, or none")
-    if settings.batch_size < accelerator.num_processes or settings.steps < 1:
-        raise ValueError(f"needs steps >= 1 and a prompt per process; got {settings.steps} and {settings.batch_size}")
+    if settings.batch_size < accelerator.num_processes:
+        raise ValueError(f"batch_size = {settings.batch_size} is less than a prompt for each process")
     check_writable(Path(settings.output_dir) / "distill.png")
 
 

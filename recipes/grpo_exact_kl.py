@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from klft import FixedKL, FrozenReference, KLPenalty, LMHead, causal_inputs, hidden_states, token_scores
-from klft.arguments import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_positive, check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.exits import exit_codes
 from klft.generation import sample_completions
@@ -173,6 +173,7 @@ if __name__ == "__main__":
     with exit_codes():
         with one_line_errors():
             (settings,) = parse_arguments((Settings,))
+            check_positive(settings, zero=("coef", "seed"))
             check_writable(Path(settings.output_dir) / "none")
             quiet()
             processes = PartialState(cpu=not torch.cuda.is_available()).num_processes

@@ -31,13 +31,14 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from klft.arguments import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_positive, check_writable, one_line_errors, parse_arguments
 from klft.diagnostics import Metadata, Statistics, score_texts, write_records, write_report
 from klft.diagnostics.loading import load_models, quiet, read_texts
 from klft.diagnostics.measure import scored_table
 from klft.diagnostics.terminal import summary_table, worst_table
 from klft.exits import exit_codes
 from klft.prompts import Encoded, encode_texts
+from klft.scores import check_temperature
 
 
 @dataclass
@@ -103,6 +104,8 @@ def make_smoke(folder: Path) -> dict[str, str]:
 
 def check_settings(settings: Settings, state: PartialState) -> None:
     """Raise ValueError for what cannot work, before anything takes time."""
+    check_positive(settings, zero=("top_k",))
+    check_temperature(settings.temperature)
     if settings.processes not in (None, state.num_processes):
         way_out = "Launch as the second line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {settings.processes} process(es), got {state.num_processes}. {way_out}")

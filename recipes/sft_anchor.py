@@ -35,7 +35,7 @@ from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import SFTConfig, SFTTrainer
 
 from klft import FixedKL, FrozenReference, KLPenalty, token_logps
-from klft.arguments import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_positive, check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet
 from klft.exits import exit_codes
 from klft.integrations import KLAnchorMixin
@@ -304,10 +304,9 @@ if __name__ == "__main__":
     with exit_codes():
         with one_line_errors():
             (settings,) = parse_arguments((Settings,))
-            if not settings.directions or not set(settings.directions) <= {"forward", "reverse"} or settings.seeds < 1:
-                raise ValueError(
-                    f"directions: forward, reverse; seeds >= 1; got {settings.directions}, {settings.seeds}"
-                )
+            check_positive(settings)
+            if not settings.directions or not set(settings.directions) <= {"forward", "reverse"}:
+                raise ValueError(f"directions: choose from forward, reverse; got {settings.directions}")
             check_writable(Path(settings.output_dir) / "sft_anchor.png")
             quiet()
         main(settings)

@@ -38,7 +38,7 @@ from klft import (
     masked_mean,
     token_scores,
 )
-from klft.arguments import check_writable, one_line_errors, parse_arguments
+from klft.arguments import check_positive, check_writable, one_line_errors, parse_arguments
 from klft.diagnostics.loading import quiet, read_prompts
 from klft.exits import exit_codes
 from klft.generation import sample_completions
@@ -216,8 +216,9 @@ if __name__ == "__main__":
     with exit_codes():
         with one_line_errors():
             (settings,) = parse_arguments((Settings,))
-            if not settings.ks or min(settings.ks) < 1 or settings.steps < 2 * settings.eval_steps:
-                raise ValueError(f"needs ks >= 1 and two evaluations; got {settings.ks}, {settings.steps} steps")
+            check_positive(settings, zero=("seed",))
+            if not settings.ks or settings.steps < 2 * settings.eval_steps:
+                raise ValueError(f"needs a k, and two evaluations; got {settings.ks}, {settings.steps} steps")
             check_writable(Path(settings.output_dir) / "topk_reference.png")
             quiet()
         main(settings)

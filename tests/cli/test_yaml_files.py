@@ -8,7 +8,7 @@ import pytest
 from support import tiny
 
 from klft import PPOConfig
-from klft.arguments import one_line_errors, parse_arguments
+from klft.arguments import check_positive, one_line_errors, parse_arguments
 from klft.cli import main
 
 
@@ -36,6 +36,11 @@ def parsed(tmp_path, text):
         ("name: x\nsteps: 1:30\n", r":2: 1:30 is no decimal number, and YAML reads 90"),
         ("weights: [1.0, -1:30.5]\n", r":1: -1:30.5 is no decimal number, and YAML reads -90.5"),
         ("env: {OMP_NUM_THREADS: 010}\n", r":1: 010 is no decimal number"),
+        ("kl_coef: .nan\n", r":1: \.nan is no finite number"),
+        ("steps: 1\nweights: [0.5, -.inf]\n", r":2: -\.inf is no finite number"),
+        ("weights: [1.0e+400]\n", r":1: 1\.0e\+400 is no finite number"),
+        ("kl_coef: nan\n", r":1: kl_coef must be a number, got 'nan'"),
+        ("kl_coef: 1e400\n", r":1: kl_coef must be a number, got '1e400'"),
         ("steps: [" + "x, " * 200 + "]\n", r"got \['x', .{60,75}$"),
         ("weights: &a [*a]\n", r":1: more than 10,000 values, aliases unfolded"),
         ("weights: *a\n", r":1: found undefined alias"),
@@ -71,6 +76,26 @@ def test_aliases_and_variables_that_a_file_may_have(tmp_path, monkeypatch):
     made = parsed(tmp_path, "weights: &w [1.0, 2.0]\nname: '010'\nenv: {WANDB_PROJECT: klft}\n")
     assert (made.weights, made.name, os.environ["WANDB_PROJECT"]) == ([1.0, 2.0], "010", "klft")
     assert parsed(tmp_path, "name: &n x\nsteps: 0\nweights: [0.5, 1e-3]\n").name == "x"
+
+
+@pytest.mark.parametrize(("option", "value"), [("kl_coef", "nan"), ("kl_coef", "-inf"), ("weights", "1e400")])
+def test_a_number_on_the_command_line_is_finite(option, value):
+    with pytest.raises(ValueError, match=f"^{option} must be a finite number, got {float(value)}$"):
+        parse_arguments((Settings,), [f"--{option}={value}"])
+
+
+def test_numbers_of_settings_are_positive_or_say_that_they_may_be_zero():
+    check_positive(Settings(weights=[0.5, 2.0]))
+    check_positive(Settings(kl_coef=0.0, weights=[0.0]), zero=("kl_coef", "weights"))
+    for changed, said in (
+        ({"kl_coef": 0.0}, "kl_coef must be above 0, got 0.0"),
+        ({"steps": -1}, "steps must be above 0, got -1"),
+        ({"weights": [1.0, -0.5]}, "weights must be above 0, got -0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            check_positive(Settings(**changed))
+    with pytest.raises(ValueError, match=r"^steps must be 0 or more, got -1$"):
+        check_positive(Settings(steps=-1), zero=("steps",))
 
 
 # --- one line --------------------------------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ def test_models_of_your_own_on_two_processes(smoke, tmp_path):
         (["--samplers", "nobody"], "samplers: choose from"),
         (["--processes", "3"], "asked for 3 process(es), got 1"),
         (["--prompts", "p.txt"], "name all three, or none"),
-        (["--steps", "0"], "steps >= 1"),
+        (["--steps", "0"], "steps must be above 0, got 0"),
+        (["--learning_rate", "-0.1"], "learning_rate must be above 0, got -0.1"),
+        (["--temperature", "1e-9"], "temperature must be finite and >= 0.001, got 1e-09"),
     ],
 )
 def test_wrong_settings_are_named(recipe, arguments, said, tmp_path):
