@@ -30,7 +30,7 @@ from klft.ppo import value as value_function
 from klft.ppo.adapters import attach_adapter, check_method
 from klft.ppo.config import PPOConfig
 from klft.ppo.rewards import RewardModel
-from klft.prompts import TEMPLATE_COLUMNS, encode_prompts, template_arguments
+from klft.prompts import TEMPLATE_COLUMNS, encode_prompt, template_arguments
 from klft.references import AdapterReference, FrozenReference, Reference, resolve_reference, why_base_moves
 
 logger = logging.get_logger(__name__)
@@ -354,20 +354,8 @@ def check_lengths(
     left = known[role] - args.max_completion_length
     if args.max_prompt_length is not None and args.max_prompt_length <= left:
         return
-    # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
-    rows: list[Any] = [
-        row
-        for dataset in datasets
-        for row in _all_rows(prompt_rows(dataset))
-        if not isinstance(row["prompt"], str) or len(row["prompt"].encode()) + 8 > left  # pyright: ignore
-    ]
-    prompts, templates = (
-        [row["prompt"] for row in rows],
-        [template_arguments(r, args.chat_template_kwargs) for r in rows],
-    )
     most = args.max_prompt_length or 100 * max(left, 1)  # a text of 100 MB is not tokenised to be refused
-    encoded = encode_prompts(tokenizer, prompts, most, templates)
-    longest = max(map(len, encoded), default=0)
+    longest = min(_longest_prompt(datasets, tokenizer, args, left, most), most)
     if longest > left:
         up_to = "at least" if args.max_prompt_length is None and longest == most else "up to"
         raise ValueError(
@@ -375,6 +363,40 @@ def check_lengths(
             f"{longest + args.max_completion_length}, and the {role} has {known[role]} positions. Set "
             f"max_prompt_length to at most {max(left, 1)}, or make max_completion_length smaller."
         )
+
+
+def _longest_prompt(
+    datasets: Sequence[Any], tokenizer: Any, args: PPOConfig, left: int, most: int, without: str = ""
+) -> int:
+    """Tokens of the longest prompt that may have more than `left`, or 0; of one longer than `most`, more than those.
+
+    without: an argument of the chat template that is not this tokenizer's.
+    """
+    longest = 0
+    row: Any
+    for row in (row for dataset in datasets for row in _all_rows(prompt_rows(dataset))):
+        # A text has no more tokens than bytes, and a few: most prompts need not be tokenised to be known as short.
+        if not isinstance(row["prompt"], str) or len(row["prompt"].encode()) + 8 > left:
+            template = template_arguments(row, args.chat_template_kwargs)
+            template.pop(without, None)
+            longest = max(longest, len(encode_prompt(tokenizer, row["prompt"], template, most)))
+    return longest
+
+
+def check_judge_lengths(datasets: Sequence[Any], tokenizer: Any, args: PPOConfig, judges: Sequence[Any]) -> None:
+    """Raise ValueError where what a reward model will read, prompts uncut, may be longer than it has positions.
+
+    Another tokenizer than the policy's may make any number of tokens of a completion: then of the prompts alone. One
+    with a model_max_length cuts what is longer.
+    """
+    for judge in [each for each in judges if isinstance(each, RewardModel)]:
+        limit, own = judge.positions, judge.tokenizer
+        if limit is not None and own.model_max_length > limit:
+            same = own.get_vocab() == tokenizer.get_vocab()
+            new = args.max_completion_length if same else 0
+            tokens = _longest_prompt(datasets, own, args, limit - new, 100 * limit, without="chat_template")
+            of = f" = {tokens} of a prompt + max_completion_length = {new}" if same else " of a prompt"
+            judge.check_length(tokens + new, of)
 
 
 def check_datasets(
@@ -391,6 +413,7 @@ def check_datasets(
     for name, datasets in {"train_dataset": listed(train, None), "eval_dataset": listed(None, evaluation)}.items():
         for dataset in datasets:
             check_templates(dataset, name, args, tokenizer, judges)
+    check_judge_lengths(listed(train, evaluation), tokenizer, args, judges)
     return train, evaluation
 
 

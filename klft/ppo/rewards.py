@@ -117,20 +117,27 @@ class RewardModel:
                     # A chat template writes the special tokens itself.
                     add_special_tokens=isinstance(prompts[start], str),
                 ).to(self.model.device)
-                self._check_length(batch["input_ids"].shape[1])
+                self.check_length(batch["input_ids"].shape[1])
                 # A decoder finds a row's last token by the pad id of its config, which need not be the tokenizer's.
                 padding = batch["attention_mask"] == 0
                 batch["input_ids"] = batch["input_ids"].masked_fill(padding, self.model.config.pad_token_id)
                 rewards += self._rewards(self.model(**batch).logits.float()).tolist()
         return rewards
 
-    def _check_length(self, tokens: int) -> None:
+    @property
+    def positions(self) -> int | None:
+        """The longest text it can read, in tokens; None: any."""
         positions = max_positions(self.model)
-        if positions is not None and tokens > positions - position_offset(self.model):
+        return None if positions is None else positions - position_offset(self.model)
+
+    def check_length(self, tokens: int, of: str = "") -> None:
+        """Raise ValueError for a text of more tokens than it has positions. of: their arithmetic."""
+        positions = self.positions
+        if positions is not None and tokens > positions:
             raise ValueError(
-                f"reward model {self.__name__!r} reads {tokens} tokens of prompt and completion, and has "
-                f"{positions - position_offset(self.model)} positions. Make prompts or completions shorter, or set its "
-                "tokenizer's model_max_length: then texts lose their beginning"
+                f"reward model {self.__name__!r} reads {tokens} tokens{of or ' of prompt and completion'}, and has "
+                f"{positions} positions. Make prompts or completions shorter, or set its tokenizer's "
+                "model_max_length: then texts lose their beginning"
             )
 
     def _rewards(self, logits: Tensor) -> Tensor:

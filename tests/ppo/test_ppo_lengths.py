@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from support import tiny
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from klft.models import check_vocabularies
 from klft.ppo import RewardModel
@@ -29,14 +30,62 @@ def test_a_reference_with_fewer_positions(tmp_path):
         tiny.trainer(tmp_path, tiny.llama(max_position_embeddings=128), data=LONG, given=given)
 
 
-def test_a_judge_with_fewer_positions():
+def bert(positions):
     torch.manual_seed(0)
-    model = BertForSequenceClassification(
+    return BertForSequenceClassification(
         BertConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, num_labels=1,
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=positions, num_labels=1,
         )
     )  # fmt: skip
+
+
+def letters():
+    """A tokenizer of another kind than the policy's: an id per character, and one at the beginning."""
+    inner = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<s>": 1, **{c: i + 2 for i, c in enumerate("w0123456789")}}, "<pad>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+
+
+def judged(folder, judge, words, **changed):
+    data = Dataset.from_dict({"prompt": ["w1"] * 7 + [" ".join(["w1"] * words)]})
+    tiny.trainer(folder, reward=[tiny.mixed, judge], data=data, **changed)
+
+
+def test_a_judge_of_the_policys_tokenizer_is_refused_before_training_by_its_arithmetic(tmp_path):
+    judge = RewardModel(bert(32), tiny.tokenizer())
+    judged(tmp_path, judge, 12, max_completion_length=20)
+    said = r"reads 33 tokens = 13 of a prompt \+ max_completion_length = 20, and has 32 positions"
+    with pytest.raises(ValueError, match=said):
+        judged(tmp_path, judge, 13, max_completion_length=20, max_prompt_length=4)  # the judge reads all of it
+    judge.tokenizer.model_max_length = 32
+    judged(tmp_path, judge, 13, max_completion_length=20)
+
+
+def test_a_judge_of_another_tokenizer_is_refused_before_training_by_its_own_count_of_a_prompt(tmp_path):
+    judge = RewardModel(bert(32), letters())
+    judged(tmp_path, judge, 10, max_completion_length=20)  # 1 + 10 * 2 + 9 spaces; of a completion nothing is known
+    with pytest.raises(ValueError, match=r"reward model .* reads 33 tokens of a prompt, and has 32 positions"):
+        judged(tmp_path, judge, 11, max_completion_length=20)
+
+
+def test_a_judge_with_fewer_positions_than_a_conversation(tmp_path):
+    judge = RewardModel(bert(32), tiny.tokenizer(chat=True))
+    said = [{"role": "user", "content": " ".join(["w1"] * 30)}]
+    data = Dataset.from_dict({"prompt": [said] * 4})
+    # <bos> w27 ... w28
+    with pytest.raises(ValueError, match="reads 34 tokens = 33 of a prompt"):
+        tiny.trainer(
+            tmp_path, reward=judge, data=data, max_completion_length=1,
+            given={"processing_class": tiny.tokenizer(chat=True)},
+        )  # fmt: skip
+
+
+def test_a_judge_with_fewer_positions():
+    model = bert(16)
     with pytest.raises(ValueError, match=r"reads 40 tokens.*has 16 positions"):
         RewardModel(model, tiny.tokenizer())([""], [" ".join(["w1"] * 40)])
     tokenizer = tiny.tokenizer()
