@@ -7,9 +7,10 @@ the same names with the same meaning.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -178,22 +179,32 @@ class _Values:
         return float(self.ordered[round((len(self.ordered) - 1) * percent / 100)])
 
 
-def kl_metrics(scores: TokenScores, mask: Mask, *, weight: Float[Tensor, "*B"] | None = None) -> dict[str, float]:
-    """The numbers to log of one batch, of this process: kl/reverse/mean, kl/sequence/reverse/mean, ...
+def kl_metrics(
+    scores: TokenScores, mask: Mask, *, weight: Float[Tensor, "*B"] | None = None, all_processes: bool = False
+) -> dict[str, float]:
+    """The numbers to log of one batch: kl/reverse/mean, kl/sequence/reverse/mean, ...
 
     Args:
         mask: True where a token counts. Sequences are rows of [B, T]; [N] is one sequence.
         weight: how much each token counts in means and sums; tokens of weight 0 do not count at all. Default 1.
+        all_processes: of the batches of all processes together, the same numbers on each: those that one process would
+            get. Every process must call it. Default: of this process's batch alone.
 
     Nats, Python floats. Percentiles are nearest ranks over tokens, whatever their weight. kl/{k1,k2,k3}/mean are over
     the tokens that the policy sampled (`scores.sampled`), and left out where there is none.
     """
     mask = as_mask(mask)
-    sequence = torch.arange(mask.numel(), device=mask.device) // max(mask.shape[-1], 1)
-    if weight is not None:
-        mask = mask & (weight != 0)
-    flat = TokenScores(**{name: t[mask] for name, t in scores.items() if t.shape == mask.shape})
-    return flat_metrics(flat, sequence[mask.flatten()], None if weight is None else weight[mask])
+    weight = torch.ones_like(scores.logp) if weight is None else weight
+    sequence = (torch.arange(mask.numel(), device=mask.device) // max(mask.shape[-1], 1)).view_as(mask)
+    mask = mask & (weight != 0)
+    columns = {"sequence": sequence[mask], "weight": weight[mask]}
+    columns |= {name: t[mask].detach() for name, t in scores.items() if t.shape == mask.shape}
+    if all_processes and dist.is_available() and dist.is_initialized():
+        columns["sequence"] = columns["sequence"] * dist.get_world_size() + dist.get_rank()  # others' are others
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, {name: t.detach().cpu() for name, t in columns.items()})
+        columns = {name: torch.cat([of_rank[name] for of_rank in every]) for name in columns}
+    return flat_metrics(weight=columns.pop("weight"), sequence=columns.pop("sequence"), scores=TokenScores(**columns))
 
 
 def flat_metrics(

@@ -1,8 +1,9 @@
-"""The coefficient of a loop of one's own is the same on every process: the one that a single process would have.
+"""The coefficient and the metrics of a loop of one's own are the same on every process: those of a single process.
 
 Run as a script, this file is what each process does.
 """
 
+import json
 import subprocess
 import sys
 
@@ -31,15 +32,35 @@ def coefficient(rank, processes):
     return penalty.coef
 
 
-def test_processes_have_one_coefficient(tmp_path):
+def metrics(rank, processes, weighted, all_processes=True):
+    """Of six sequences, of which the first process has four, one of them without a token, and the second two."""
+    generator = torch.Generator().manual_seed(0)
+    reverse, forward, logp, ref_logp = torch.randn(4, 6, 9, generator=generator).abs() - 4
+    sampled, agree = torch.rand(2, 6, 9, generator=generator) < 0.7
+    reverse[5, 2] = torch.inf
+    mask = torch.arange(9) < torch.tensor([9, 0, 5, 3, 7, 4])[:, None]
+    weight = torch.rand(6, 9, generator=generator).round(decimals=1) if weighted else None
+    mine = slice(None) if processes == 1 else slice(0, 4) if rank == 0 else slice(4, 6)
+    fields = {"reverse_kl": reverse + 4, "forward_kl": forward + 4, "top1_agree": agree, "sampled": sampled}
+    scores = klft.TokenScores(logp[mine], ref_logp[mine], **{name: t[mine] for name, t in fields.items()})
+    scores.logp.requires_grad_()
+    weight = None if weight is None else weight[mine]
+    return klft.kl_metrics(scores, mask[mine], weight=weight, all_processes=all_processes)
+
+
+def test_processes_have_one_coefficient_and_one_set_of_metrics(tmp_path):
     commands = [[sys.executable, __file__, str(tmp_path / "store"), str(rank)] for rank in range(2)]
     runs = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment()) for c in commands]
     texts = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
-    first, second = map(float, texts)
+    (first, *metrics_of_first), (second, *metrics_of_second) = map(json.loads, texts)
     assert first == second
     assert abs(first - coefficient(0, 1)) < 1e-9
     assert abs(first - 0.1) > 1e-4, "it moved"
+    assert metrics_of_first[:2] == metrics_of_second[:2] == [metrics(0, 1, weighted) for weighted in (False, True)]
+    assert metrics_of_first[2] != metrics_of_second[2], "by default each process has its own"
+    assert metrics_of_first[0]["kl/nonfinite/count"] == 1
+    assert metrics_of_first[0]["kl/tokens/count"] == 28
 
 
 if __name__ == "__main__":
@@ -47,5 +68,6 @@ if __name__ == "__main__":
 
     rank = int(sys.argv[2])
     dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=2)
-    print(repr(coefficient(rank, 2)), flush=True)
+    found = [metrics(rank, 2, weighted) for weighted in (False, True)] + [metrics(rank, 2, False, all_processes=False)]
+    print(json.dumps([coefficient(rank, 2), *found]), flush=True)
     leave()
