@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klft.models import base_of, evaluating
 from klft.prompts import completion_mask
+from klft.sharding import on_rank
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,9 +49,9 @@ class _SharedVocabulary:
         nonfinite = (scores.isnan() | (scores == torch.inf)).any(-1).nonzero().flatten().tolist()
         if nonfinite:
             raise ValueError(
-                f"the policy's logits are not finite for sample {nonfinite[0]}, position {input_ids.shape[1]} "
-                f"({len(nonfinite)} of {len(scores)} samples). Try another precision (bf16 or fp32) or a lower "
-                "learning rate."
+                f"the policy's logits are not finite{on_rank()} for sample {nonfinite[0]}, position "
+                f"{input_ids.shape[1]} ({len(nonfinite)} of {len(scores)} samples). Try another precision (bf16 or "
+                "fp32) or a lower learning rate."
             )
         scores[:, self.vocab_size :] = -torch.inf
         return scores

@@ -40,7 +40,7 @@ from klft.models import (
 from klft.prompts import Encoded, Text, encode_texts, pad, pad_id
 from klft.references import Reference, resolve_reference
 from klft.scores import TokenScores, check_temperature, score_logits
-from klft.sharding import VocabShard
+from klft.sharding import VocabShard, on_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -276,9 +276,9 @@ def _check_numbers(
         if nonfinite.any():
             row, position = nonfinite.nonzero()[0].tolist()
             raise ValueError(
-                f"the {role} {name}: its logits are not finite for text {sample_ids[row]}, position {position} "
-                f"({int(nonfinite.sum())} of {int(mask.sum())} tokens of the batch). Its weights hold NaN or inf, or "
-                "it overflows in this precision: try float32"
+                f"the {role} {name}: its logits are not finite{on_rank()} for text {sample_ids[row]}, position "
+                f"{position} ({int(nonfinite.sum())} of {int(mask.sum())} tokens of the batch). Its weights "
+                "hold NaN or inf, or it overflows in this precision: try float32"
             )
 
 

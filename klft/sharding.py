@@ -40,6 +40,12 @@ def all_reduce_sum(t: Tensor) -> Tensor:
     return t
 
 
+def on_rank() -> str:
+    """ " on rank 3" where there are several processes, else "": of an error that one of them raises."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return f" on rank {dist.get_rank()}" if several else ""
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """Rows [start, stop) of a head over `vocab_size` tokens live on this process. `group` None: the default group.

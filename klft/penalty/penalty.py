@@ -34,7 +34,7 @@ from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, check_temperature, score_logits
 from klft.shaping import shape_rewards
-from klft.sharding import all_reduce_sum
+from klft.sharding import all_reduce_sum, on_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -293,12 +293,13 @@ class KLPenalty:
         for role, logp in (("policy", kl.scores.logp), ("reference", kl.scores.ref_logp)):
             if logp is not None and bool(logp.detach()[tuple(places[0])].isnan()):
                 return (
-                    f"the {role}'s logits are NaN at {len(places)} token(s), first at [sample, position] {places[:4]}"
-                    f"{ids}: look for NaN among its weights, or take another precision (bf16 or fp32)"
+                    f"the {role}'s logits are NaN{on_rank()} at {len(places)} token(s), first at [sample, "
+                    f"position] {places[:4]}{ids}: look for NaN among its weights, or take "
+                    "another precision (bf16 or fp32)"
                 )
         return (
-            f"the {self._name} ({self.estimator}) is not finite at {len(places)} token(s), first at [sample, "
-            f"position] {places[:4]}{ids}: one model gives no probability to what the other may say. "
+            f"the {self._name} ({self.estimator}) is not finite{on_rank()} at {len(places)} token(s), first at "
+            f"[sample, position] {places[:4]}{ids}: one model gives no probability to what the other may say. "
             "Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
         )
 

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from support import tiny
 from support.processes import environment, leave
+from transformers import GenerationConfig
 
 import klft
+from klft.generation import sample_completions
+from klft.scoring import score_texts
 
 
 def coefficient(rank, processes):
@@ -48,12 +51,35 @@ def metrics(rank, processes, weighted, all_processes=True):
     return klft.kl_metrics(scores, mask[mine], weight=weight, all_processes=all_processes)
 
 
+def complaints():
+    """What generation, score_texts and a penalty say of a policy whose logits are NaN."""
+    broken, ids = tiny.llama().eval(), torch.full((1, 3), 5)
+    torch.nn.init.constant_(broken.lm_head.weight, torch.nan)
+    wanted = GenerationConfig(max_new_tokens=2, do_sample=True, pad_token_id=tiny.PAD, eos_token_id=tiny.EOS)
+    penalty, ones = klft.KLPenalty(tiny.llama()), torch.ones_like(ids)
+    texts = {"texts": ["w1 w2"], "batch_size": 1, "max_length": 8}
+    said = []
+    for call in (
+        lambda: sample_completions(broken, ids, ones.bool(), wanted, tiny.VOCABULARY),
+        lambda: list(score_texts(broken, tiny.apart(), tiny.tokenizer(), **texts)),
+        lambda: penalty.token_kl(penalty.measure(broken(ids).logits, ids, ones, ones)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def test_processes_have_one_coefficient_and_one_set_of_metrics(tmp_path):
     commands = [[sys.executable, __file__, str(tmp_path / "store"), str(rank)] for rank in range(2)]
     runs = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment()) for c in commands]
     texts = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     (first, *metrics_of_first), (second, *metrics_of_second) = map(json.loads, texts)
+    for rank, said in enumerate((metrics_of_first.pop(), metrics_of_second.pop())):
+        assert [message.count(f" on rank {rank} ") for message in said] == [1, 1, 1]
+        assert [message.replace(f" on rank {rank}", "") for message in said] == complaints()
     assert first == second
     assert abs(first - coefficient(0, 1)) < 1e-9
     assert abs(first - 0.1) > 1e-4, "it moved"
@@ -69,5 +95,5 @@ if __name__ == "__main__":
     rank = int(sys.argv[2])
     dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=rank, world_size=2)
     found = [metrics(rank, 2, weighted) for weighted in (False, True)] + [metrics(rank, 2, False, all_processes=False)]
-    print(json.dumps([coefficient(rank, 2), *found]), flush=True)
+    print(json.dumps([coefficient(rank, 2), *found, complaints()]), flush=True)
     leave()
