@@ -1,7 +1,9 @@
-"""Weights that are split over processes: read and gathered as plain tensors; a frozen model's split, or offloaded."""
+"""Weights that are split over processes: read, gathered; a frozen model's split or offloaded; and whether they are."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,8 +15,35 @@ from torch.distributed.tensor import DTensor, Partial
 
 from klft.sharding import VocabShard
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
 PLACEMENTS = ("replicated", "sharded", "offloaded")
 _kept: WeakKeyDictionary[nn.Module, list[FSDPModule]] = WeakKeyDictionary()  # units that stay gathered after a forward
+
+
+def check_parallelism(args: "TrainingArguments", accelerator: "Accelerator", policy: nn.Module) -> None:
+    """Raise ValueError where FSDP, DeepSpeed or tensor parallelism was asked for and something else runs.
+
+    On a CPU accelerate makes DDP of a wish for FSDP without a word. Tensor parallelism is there once a model is loaded
+    with it: `policy` is as it was loaded, not yet wrapped.
+    """
+    runs = accelerator.distributed_type.value
+    asked = [
+        kind for kind, given in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed))
+        if (given or os.environ.get(f"ACCELERATE_USE_{kind}") == "true") and runs != kind
+    ]  # fmt: skip
+    config = getattr(accelerator, "parallelism_config", None)
+    tp_size = getattr(config, "tp_size", None) or int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1))
+    if tp_size > 1 and not any(isinstance(p, DTensor) for p in policy.parameters()):
+        asked.append(f"tensor parallelism over {tp_size} processes")
+    if asked:
+        raise ValueError(
+            f"{asked[0]} was asked for and {runs} runs: every process would hold whole models. Launch FSDP and "
+            "DeepSpeed on GPUs with accelerate launch; load a model for tensor parallelism with "
+            "from_pretrained(..., distributed_config=DistributedConfig(tp_size=N)); or leave it out"
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from klft.checks.setup import largest_kl, ok, problem
 from klft.integrations.backbone import versions
 from klft.loading import check_saved_tokenizer
 from klft.models import base_of, evaluating, require_causal_lm, unwrap
-from klft.parallel import why_no_zero3
+from klft.parallel import check_parallelism, why_no_zero3
 from klft.penalty import KLPenalty
 from klft.references import parts_of
 
@@ -92,6 +92,7 @@ def _check_trainer(trainer: Any) -> None:
         )
     if trainer.args.n_gpu > 1:
         raise ValueError("KLAnchorMixin does not go with nn.DataParallel: start it with accelerate launch")
+    check_parallelism(trainer.args, trainer.accelerator, trainer.model)
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(

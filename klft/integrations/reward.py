@@ -24,7 +24,7 @@ from klft.integrations.measure import Measurements
 from klft.integrations.state import PenaltyState
 from klft.loading import check_saved_tokenizer
 from klft.models import check_positions, check_vocabularies, vocab_size
-from klft.parallel import why_no_zero3
+from klft.parallel import check_parallelism, why_no_zero3
 from klft.penalty import KLPenalty, TokenRule
 from klft.prompts import pad, pad_id
 from klft.references import Reference, resolve_reference
@@ -102,6 +102,7 @@ class KLReward:
             raise ValueError("KLReward.bind: it is bound to another trainer; make one KLReward per trainer")
         _check_trainer(trainer, self)
         owner: Any = trainer
+        check_parallelism(owner.args, owner.accelerator, owner.model)
         reference = resolve_reference(self._reference, owner.model)
         check_vocabularies(owner.processing_class, policy=vocab_size(owner.model), reference=reference.vocab_size)
         check_saved_tokenizer(tokenizer_of(owner), reference.name)

@@ -1,6 +1,6 @@
 """Makes rollouts: generate, score by both models, call the reward functions, shape rewards, estimate advantages."""
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from klft.generation import Completions, sample_completions
 from klft.masked import masked_whiten
-from klft.parallel import gathered
+from klft.parallel import check_parallelism, gathered
 from klft.penalty import KLPenalty, TokenKL
 from klft.ppo.completions import completion_rows
 from klft.ppo.config import PPOConfig
-from klft.ppo.guards import check_finite, check_parallelism, on_all_ranks
+from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
 from klft.ppo.reward_loop import RewardLoop
@@ -52,11 +52,12 @@ class RolloutCollector:
     reward_funcs: list[RewardFunction]
     weights: Tensor  # [K], one per reward function
     tokenizer: PreTrainedTokenizerBase
+    policy: InitVar[nn.Module]  # as it was loaded; `collect` is given it as the trainer wraps it
     loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
     alike: int = 1  # processes in a row that share their samples: tensor parallelism
 
-    def __post_init__(self):
-        check_parallelism(self.args, self.accelerator)
+    def __post_init__(self, policy: nn.Module):
+        check_parallelism(self.args, self.accelerator, policy)
         move_reward_models(self.reward_funcs, self.args.device, self.args.reward_model_placement, self.alike)
 
     def reduce(self, t: Tensor) -> Tensor:

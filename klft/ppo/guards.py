@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from klft.exits import is_lost_rank, leave
@@ -25,17 +25,6 @@ from klft.parallel import total_norm
 from klft.references import Reference
 
 logger = logging.get_logger(__name__)
-
-
-def check_parallelism(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raise ValueError where FSDP or DeepSpeed was asked for and something else runs, as accelerate's FSDP on a CPU."""
-    runs = accelerator.distributed_type
-    for kind, asked in ((DistributedType.FSDP, args.fsdp), (DistributedType.DEEPSPEED, args.deepspeed)):
-        if (asked or os.environ.get(f"ACCELERATE_USE_{kind.value}") == "true") and runs != kind:
-            raise ValueError(
-                f"{kind.value} was asked for and {runs.value} runs: every process would hold whole models. Launch it "
-                "on GPUs with accelerate launch, or leave it out"
-            )
 
 
 def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:

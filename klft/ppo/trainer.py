@@ -133,7 +133,7 @@ class PPOTrainer(Trainer):
         given.place_reference(reference, self.args)
         self._collector = RolloutCollector(
             args, self.accelerator, self.penalty, self.scorer, self.reward_funcs,
-            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer, alike=args.processes_alike,
+            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer, model, alike=args.processes_alike,
         )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 

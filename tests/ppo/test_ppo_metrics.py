@@ -1,15 +1,11 @@
 """What PPOTrainer logs, in training and in evaluation: exactly what is promised, of the real tokens, each once."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from support import tiny
-
-from klft.ppo.guards import check_parallelism
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -167,23 +163,6 @@ def test_what_a_reward_function_logs_never_replaces_what_klft_does(tmp_path, cap
     (log,) = tiny.step_logs(run)
     assert (log["kl/coef"], log["logged/kl/coef"], log["mine"]) == (run.args.kl_coef, 99.0, 3.0)
     assert "scores beyond 10000 make value losses" in caplog.text
-
-
-@pytest.mark.parametrize(("asked", "variable", "kind"), [
-    ({"fsdp": "full_shard"}, None, "FSDP"), ({}, "ACCELERATE_USE_FSDP", "FSDP"),
-    ({"deepspeed": "zero.json"}, None, "DEEPSPEED"), ({}, "ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ({}, None, None),
-])  # fmt: skip
-def test_sharding_that_was_asked_for_and_does_not_run_is_refused(monkeypatch, asked, variable, kind):
-    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None} | asked)
-    if variable:
-        monkeypatch.setenv(variable, "true")
-    for runs in ("NO", "MULTI_CPU", "FSDP", "DEEPSPEED"):
-        accelerator = SimpleNamespace(distributed_type=DistributedType(runs))
-        if kind in (None, runs):
-            check_parallelism(args, accelerator)
-        else:
-            with pytest.raises(ValueError, match=f"{kind} was asked for and {runs} runs: every process would hold"):
-                check_parallelism(args, accelerator)
 
 
 # ---- completions that no function judged ------------------------------------------------------------------------
