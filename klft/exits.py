@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from klft.writing import escaping_output, visible_lines
+
 T = TypeVar("T")
 GRACE = 3.0  # seconds that a call which took too long has to give way, before the process is ended around it
 # What collectives say (gloo, NCCL, TCPStore) when the process at the other end is gone.
@@ -32,7 +34,7 @@ def record_reason(reason: str, *, delay: int = 0) -> None:
 
     It takes the earliest reason for the cause, by whole seconds; `delay` puts one that follows from another's later.
     """
-    path, reason = os.environ.get("TORCHELASTIC_ERROR_FILE"), reason.rstrip()
+    path, reason = os.environ.get("TORCHELASTIC_ERROR_FILE"), visible_lines(reason.rstrip())
     if path:
         details = {"py_callstack": reason, "timestamp": str(int(time.time()) + delay)}
         with suppress(OSError):  # the disk may be full, and that be the reason
@@ -77,7 +79,8 @@ def exit_codes() -> Iterator[None]:
     """Around a program's main part: after it the process group is ended, else a run that succeeded may abort.
 
     A failure keeps its traceback, with the reason last, and exits with 1; Ctrl-C is one line, from rank 0, and 130.
-    With a process group these end the process at once, see `leave`.
+    With a process group these end the process at once, see `leave`. What a console cannot show, and what it would
+    obey in a traceback, is written as escapes.
     """
 
     def interrupt(*_: object) -> NoReturn:
@@ -86,7 +89,7 @@ def exit_codes() -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        with reasons_recorded():
+        with escaping_output(), reasons_recorded():
             yield
         end_process_group()
     except KeyboardInterrupt:
@@ -96,12 +99,13 @@ def exit_codes() -> Iterator[None]:
             leave(130)
         raise SystemExit(130) from None
     except BaseException as error:
+        code: object = error.code if isinstance(error, SystemExit) else traceback.format_exc().rstrip()
+        if isinstance(code, str):
+            print(visible_lines(code), file=sys.stderr)
+        number = code if isinstance(code, int) else int(code is not None)
         if _process_group():
-            code: object = error.code if isinstance(error, SystemExit) else traceback.format_exc().rstrip()
-            if isinstance(code, str):
-                print(code, file=sys.stderr)
-            leave(code if isinstance(code, int) else int(code is not None))
-        raise
+            leave(number)
+        raise SystemExit(number) from None
     finally:
         if signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, before)
@@ -143,7 +147,7 @@ def within(seconds: float | None, what: Callable[[], str], call: Callable[[], T]
             stack = "".join(traceback.format_stack(sys._current_frames().get(caller.ident or 0)))
             reason = f"TimeoutError: {reasons[0]}, nor given way {GRACE:g} seconds later: the process is ended"
             record_reason(f"{stack}{reason}")
-            print(f"Still in:\n{stack}{reason}", file=sys.stderr)
+            print(visible_lines(f"Still in:\n{stack}{reason}"), file=sys.stderr)
             leave(1)
 
     # A shell's background jobs ignore Ctrl-C, and would ignore this interrupt with it.

@@ -101,3 +101,8 @@ def print_error(text: str) -> None:
 def visible(text: str) -> str:
     """Text with every control, format and invisible character escaped (\\x1b, \\u202e): safe for a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """The same with line breaks kept: a traceback's text."""
+    return "\n".join(map(visible, text.split("\n")))

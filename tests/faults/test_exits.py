@@ -197,6 +197,24 @@ def test_a_failure_keeps_its_traceback_with_the_reason_last(tmp_path):
     assert recorded.endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.parametrize("what", ["raise ValueError", "sys.exit"])
+def test_no_control_character_of_a_failure_reaches_the_terminal_or_the_launchers_report(what, tmp_path):
+    path = tmp_path / "error.json"
+    done = ended(f"{what}('\\x1b[2J\\x9b1m é\\nof two lines\\u202e')", TORCHELASTIC_ERROR_FILE=str(path))
+    assert done.returncode == 1
+    assert done.stderr.endswith("\\x1b[2J\\x9b1m é\nof two lines\\u202e\n")
+    assert "\x1b" not in done.stderr
+    if what == "raise ValueError":
+        recorded = json.loads(path.read_text())["message"]
+        assert recorded["message"] == recorded["extraInfo"]["py_callstack"]
+        assert recorded["message"].endswith("ValueError: \\x1b[2J\\x9b1m é\nof two lines\\u202e")
+
+
+def test_a_console_that_cannot_show_a_character_changes_nothing():
+    done = ended("print('a \u2192 b'); print('é', file=sys.stderr)", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u2192 b\nafter\n", "\\xe9\n")
+
+
 @pytest.mark.parametrize(("rank", "said"), [(0, "\nerror: interrupted (Ctrl-C)\n"), (1, "")])
 def test_ctrl_c_is_one_line_from_rank_0_however_often_it_is_sent(rank, said):
     twice = "os.kill(os.getpid(), signal.SIGINT)\n    "

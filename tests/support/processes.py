@@ -18,14 +18,16 @@ def environment(**changed: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": found} | changed
 
 
-def launch(script: str, *arguments: Any, processes: int = 2, timeout: float) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, *arguments: Any, processes: int = 2, timeout: float, cwd: Path | None = None, **changed: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a script in so many processes on the CPU, as accelerate does; what it said, and how it ended."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
         "--main_process_port", "0", script, *map(str, arguments),
     ]  # fmt: skip
-    few = environment(ACCELERATE_USE_CPU="true", KLFT_TEST_THREADS="1", OMP_NUM_THREADS="1")
-    return subprocess.run(command, capture_output=True, text=True, env=few, timeout=timeout)
+    few = environment(ACCELERATE_USE_CPU="true", KLFT_TEST_THREADS="1", OMP_NUM_THREADS="1", **changed)
+    return subprocess.run(command, capture_output=True, text=True, env=few, timeout=timeout, cwd=cwd)
 
 
 def launch_nodes(
@@ -53,10 +55,13 @@ def launch_nodes(
         return list(pool.map(node, range(2)))
 
 
-def python(script: str, *arguments: Any, timeout: float, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(
+    script: str, *arguments: Any, timeout: float, cwd: Path | None = None, **changed: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a script in a process of its own; what it said, and how it ended."""
     command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout, cwd=cwd)
+    few = environment(**changed)
+    return subprocess.run(command, capture_output=True, text=True, env=few, timeout=timeout, cwd=cwd)
 
 
 def leave() -> None:
