@@ -37,6 +37,7 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
         error = caught
     except SystemExit as caught:  # a reward function that exits would leave the other ranks waiting
         error = RuntimeError(f"a call inside training tried to exit the process (code {caught.code})")
+        error.__cause__ = caught  # its traceback says which call
     report = None if error is None else "".join(traceback.format_exception(error))
     failed = [(rank, text) for rank, text in enumerate(gather_object([report])) if text]
     if error is not None:

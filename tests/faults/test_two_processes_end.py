@@ -34,6 +34,8 @@ def cause(what):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "raise":
         raise ZeroDivisionError("the reward service is gone")
+    if what == "exit":
+        sys.exit("bye")
     while what == "stubborn":
         with suppress(BaseException):
             time.sleep(300)
@@ -45,7 +47,7 @@ def reward(what):
         return os.environ["RANK"] == "1" and trainer_state.global_step >= 2
 
     def judge(completions, trainer_state, **_):
-        if here(trainer_state) and what in ("hang", "stubborn", "raise", "kill"):
+        if here(trainer_state) and what in ("hang", "stubborn", "raise", "kill", "exit"):
             cause(what)
         if here(trainer_state) and what == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -150,6 +152,16 @@ def test_an_error_on_one_rank_is_the_last_that_the_launcher_says(tmp_path):
     assert (code, last_line(err)) == (1, "ZeroDivisionError: the reward service is gone")
     assert "in cause" in err
     assert seconds(out, ended) < SECONDS
+
+
+def test_a_reward_function_that_exits_on_one_rank_ends_all_and_is_named(tmp_path):
+    codes, out, err, ended = finish(apart("exit", tmp_path))
+    assert codes == [1, 1]
+    said = "RuntimeError: a call inside training tried to exit the process (code bye)"
+    assert [last_line(text) for text in err] == [said, said]
+    assert "rank 1 failed" in err[0]
+    assert "in cause" in err[0]
+    assert seconds("".join(out), ended) < SECONDS
 
 
 def test_a_killed_rank_ends_the_other_in_one_line_that_names_the_checkpoint(tmp_path):

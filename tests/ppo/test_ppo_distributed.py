@@ -4,6 +4,7 @@ Run as a script, this file is what each of the processes does: all checks in one
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,26 @@ def broken_loss(folder, rank):
     return {"error": "", "steps": len(recorder.parameters)}
 
 
+class BrokenGradientOnRankOne(tiny.PPOTrainer):
+    """The loss is finite; what flows back of it is not, on one rank and in the second step."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.process_index == 1 and self.state.global_step == 1:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+
+def broken_gradient(folder, rank):
+    run = tiny.trainer(folder, kind=BrokenGradientOnRankOne, max_steps=3, save_strategy="steps", save_steps=1.0)
+    recorder = tiny.Recorder()
+    run.add_callback(recorder)
+    try:
+        run.train()
+    except RuntimeError as error:
+        return {"error": str(error), "after": tiny.parameters(run.model), "steps": recorder.parameters}
+
+
 def broken_rule(folder, rank):
     """Each rank's own error: the rule fails on the second alone, and the first must not wait for it."""
 
@@ -169,7 +190,7 @@ def worker(what, folder):
         run = agreeing(name, folder, WORLD)
         run.train()
         torch.save(outcome(run), folder / f"{name}.{rank}.pt")
-    for check in (resumed, evaluated, broken_loss, broken_rule, sampled, stopped, refused):
+    for check in (resumed, evaluated, broken_loss, broken_gradient, broken_rule, sampled, stopped, refused):
         (folder / check.__name__).mkdir(exist_ok=True)
         torch.save(check(folder / check.__name__, rank), folder / f"{check.__name__}.{rank}.pt")
 
@@ -235,6 +256,16 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(both):
         assert "the loss is not finite on rank(s) [1] at step 1" in result["error"]
         assert "checkpoint-1" in result["error"]
         assert result["steps"] == 1
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_stops_both_before_the_step(both):
+    for result in both("broken_gradient"):
+        assert result["error"].startswith("the gradient is not finite at step 1.")
+        assert re.search(r" The last good checkpoint is \S+/checkpoint-1\.$", result["error"])
+        (after_first,) = result["steps"]
+        names = {name.removeprefix("module."): p for name, p in after_first.items()}
+        assert not tiny.unequal(names, result["after"])
+        assert all(p.isfinite().all() for p in result["after"].values())
 
 
 def test_a_token_rule_that_fails_on_one_process_stops_both(both):
