@@ -409,6 +409,31 @@ def test_the_command_itself(saved, tmp_path):
     assert script.load() is main
 
 
+def test_nan_weights_end_the_command_with_one_line_that_names_model_text_and_position(saved, tmp_path):
+    model = tiny.llama()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "nan")
+    tiny.tokenizer().save_pretrained(tmp_path / "nan")
+    page = tmp_path / "page.html"
+    command = [
+        sys.executable,
+        "-m",
+        "klft.cli",
+        "diff",
+        tmp_path / "nan",
+        saved / "reference",
+        "--texts",
+        saved / "texts.txt",
+        "-o",
+        page,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, page.exists()) == (1, "", False)
+    said = f"error: ValueError: the policy {tmp_path}/nan: its logits are not finite for text 0, position 1 ("
+    assert done.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in done.stderr
+
+
 def test_help_loads_nothing_that_takes_long():
     heavy = ["transformers", "datasets", "trl", "accelerate", "peft", "pyarrow", "jinja2", "pandas"]
     code = "import sys\nfrom klft import cli\ncli.app(['--help'], standalone_mode=False)\n"
