@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
@@ -318,3 +319,12 @@ def test_the_hub_gets_models_and_no_texts(strategy, places, tmp_path, monkeypatc
     assert "model.safetensors" in files
     assert not [file for file in files if file.startswith(("completions/", "kl/"))]
     assert list(tmp_path.glob("completions/*.parquet")), "they are there, on this disk"
+
+
+def test_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch):
+    """Here something made accelerate's state before the launcher's variables were there, and it is to be used."""
+    assert PartialState(cpu=True).num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = r"^PPOConfig: 2 processes were launched, but this one sees a world of 1: .* Set ACCELERATE_USE_CPU=true on a"
+    with pytest.raises(ValueError, match=said):
+        tiny.config(tmp_path, accelerator_config={"use_configured_state": True})
