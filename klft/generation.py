@@ -32,6 +32,17 @@ class Completions:
         """Some of the sequences."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def trimmed(self: C) -> C:
+        """Without the columns that are padding in every row."""
+        prompt, completion = (max(1, int(m.sum(-1).max())) for m in (self.prompt_mask, self.mask))
+        columns = {"prompt": slice(-prompt, None), "completion": slice(completion)}
+        return type(self)(
+            **{
+                f.name: getattr(self, f.name)[:, columns["prompt" if f.name.startswith("prompt") else "completion"]]
+                for f in fields(self)
+            }
+        )
+
     @property
     def inputs(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
         """(input_ids, attention_mask), T = P + C."""

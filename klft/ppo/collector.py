@@ -19,6 +19,7 @@ from klft.ppo.config import PPOConfig
 from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
+from klft.ppo.micro_batches import count_within
 from klft.ppo.reward_loop import RewardLoop
 from klft.ppo.rewards import RewardFunction, is_judged, move_reward_models, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
@@ -151,9 +152,12 @@ class RolloutCollector:
     def _score(self, model: nn.Module, completions: Completions, *, top_k: int) -> tuple[TokenKL, Tensor, Tensor]:
         """(KL of the completions' tokens [B, C], values [B, C], value after the last token [B])."""
         self.scorer.top_k = top_k
-        policy, size = self.accelerator.unwrap_model(model), self.args.per_device_train_batch_size
+        policy, budget = self.accelerator.unwrap_model(model), self.args.tokens_per_micro_batch
+        passes = -(-len(completions.mask) // self.args.per_device_train_batch_size)
+        if budget is not None:  # as many on every process: forwards are collectives under FSDP2
+            passes = int(max(gather_object([count_within(completions, budget)])))
         with self.accelerator.autocast():  # as the loss will score them again
-            scores, values, last_values = score_completions(self.scorer, model, policy, completions, size)
+            scores, values, last_values = score_completions(self.scorer, model, policy, completions, passes)
 
         def compare() -> TokenKL:
             check_finite(scores.logp, completions.mask, self.accelerator.process_index)

@@ -37,6 +37,14 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Keep the last so many tokens of a prompt; None keeps all."}
     )
     max_completion_length: int = field(default=64, metadata={"help": "Tokens generated at most."})
+    tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a forward pass at most, padding included: a minibatch's rows are sorted by length and "
+            "cut by it, into equally many passes on every process. Any prompt and completion together must fit. None: "
+            "each pass has per_device_train_batch_size rows."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "For sampling and for every log-probability and KL."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; below 1 sampling is off-policy."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k likeliest; 0 = all. Above 0: off-policy."})
@@ -195,6 +203,15 @@ class PPOConfig(TrainingArguments):
             problems.append("log_completions would be ignored with logging_strategy='no': they are shown with the logs")
         if self.total_episodes is not None and self.max_steps > 0:
             problems.append("total_episodes and max_steps say the same thing; give one of them")
+        if (budget := self.tokens_per_micro_batch) is not None:
+            most = self.max_completion_length + (self.max_prompt_length or 1)
+            if budget < most:
+                problems.append(f"tokens_per_micro_batch={budget} is below {most}: one prompt and completion")
+            if self.gradient_accumulation_steps < 2:
+                problems.append(
+                    "tokens_per_micro_batch needs gradient_accumulation_steps >= 2 (say 2, and half of "
+                    "per_device_train_batch_size): all passes but the last run before gradients are synchronised"
+                )
         if self.neftune_noise_alpha is not None:
             problems.append("neftune_noise_alpha puts noise on the loss's forward alone: the first ratio is not 1")
         if self.logging_nan_inf_filter:

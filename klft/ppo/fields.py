@@ -172,6 +172,7 @@ VALIDATORS: dict[str, Validator] = {
     "max_prompt_length": number(least=1, whole=True, optional=True),
     "max_completion_length": _COUNT,
     "temperature": number(least=LEAST_TEMPERATURE),
+    "tokens_per_micro_batch": number(least=1, whole=True, optional=True),
     "top_p": number(above=0, most=1),
     "top_k": number(whole=True),
     "generation_kwargs": generation_settings,

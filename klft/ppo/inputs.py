@@ -345,8 +345,12 @@ def check_rollout_size(prompts: int, args: PPOConfig) -> None:
 def check_lengths(
     datasets: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig, model: nn.Module, reference: Reference
 ) -> None:
-    """Raise ValueError where prompt and completion together may be longer than a model has positions."""
-    limits = {"policy": max_positions(model), "reference": reference.max_positions}
+    """Raise ValueError where prompt and completion may be longer than a model's positions or tokens_per_micro_batch."""
+    limits = {
+        "the policy has {} positions": max_positions(model),
+        "the reference has {} positions": reference.max_positions,
+        "tokens_per_micro_batch is {}": args.tokens_per_micro_batch,
+    }
     known = {role: limit for role, limit in limits.items() if limit is not None}
     if not known:
         return
@@ -360,7 +364,7 @@ def check_lengths(
         up_to = "at least" if args.max_prompt_length is None and longest == most else "up to"
         raise ValueError(
             f"prompts of {up_to} {longest} tokens and max_completion_length = {args.max_completion_length} make "
-            f"{longest + args.max_completion_length}, and the {role} has {known[role]} positions. Set "
+            f"{longest + args.max_completion_length}, and {role.format(known[role])}. Set "
             f"max_prompt_length to at most {max(left, 1)}, or make max_completion_length smaller."
         )
 

@@ -38,6 +38,7 @@ FREE = (
     # where, and in which order of the same operations, it is computed
     "use_cpu", "local_rank", "ddp_", "dataloader_", "gradient_checkpointing", "activation_checkpointing",
     "torch_empty_cache_steps", "reward_timeout", "reference_placement", "reward_model_placement",
+    "tokens_per_micro_batch",
 )  # fmt: skip
 # What the state in a checkpoint was made for, or holds itself: a change would not fit, or would do nothing.
 FIXED = {

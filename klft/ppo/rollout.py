@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from klft.generation import Completions
 from klft.masked import scatter_masked
 from klft.models import causal_inputs, evaluating, hidden_states
+from klft.ppo.micro_batches import split_by_length
 from klft.ppo.value import OUTPUT_KEY, with_values
 from klft.scores import TokenScores
 from klft.scoring import Predictions, Scorer
@@ -41,6 +42,7 @@ class RolloutStats:
     episodes: int
     advantage_scale: float = 1.0  # 1 / standard deviation of the advantages, by which whitening multiplied them
     minibatch_tokens: tuple[float, ...] = ()  # of each minibatch of the epochs, over all processes
+    minibatch_passes: tuple[int, ...] = ()  # forward-backward passes of each, with tokens_per_micro_batch
     stopped: bool = False  # target_kl was passed: the rest of the epochs is skipped
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +52,8 @@ class RolloutStats:
     @staticmethod
     def from_state(state: dict[str, Any]) -> "RolloutStats":
         """From `state_dict()`."""
-        restored: dict[str, Any] = state | {"minibatch_tokens": tuple(state["minibatch_tokens"])}  # JSON has lists
+        # JSON has lists.
+        restored: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
         return RolloutStats(**restored)
 
 
@@ -66,7 +69,8 @@ def forward_with_values(
     with with_values(unwrapped), hidden_states(model) as kept:
         output = model(**causal_inputs(unwrapped, ids, attention, keep))
     values = output[OUTPUT_KEY][:, -keep:]
-    return kept.hidden[:, -keep:-1], values[:, :-1], values[:, -1]
+    after_last = values.gather(1, completions.mask.sum(-1, keepdim=True))[:, 0]
+    return kept.hidden[:, -keep:-1], values[:, :-1], after_last
 
 
 def reference_side(scorer: Scorer, completions: Completions) -> Predictions:
@@ -76,21 +80,24 @@ def reference_side(scorer: Scorer, completions: Completions) -> Predictions:
 
 
 def score_completions(
-    scorer: Scorer, model: nn.Module, unwrapped: nn.Module, completions: Completions, batch_size: int
+    scorer: Scorer, model: nn.Module, unwrapped: nn.Module, completions: Completions, passes: int
 ) -> tuple[TokenScores, Float[Tensor, "B C"], Float[Tensor, "B"]]:
-    """(scores [B, C], 0 where the mask is False; values; value after the last token), `batch_size` sequences at a time.
+    """(scores [B, C] and values [B, C], 0 where the mask is False; value after the last token), in so many forwards.
 
-    In eval mode and without gradient, through the same forward as the loss.
+    In eval mode and without gradient, through the same forward as the loss. Rows of like length are scored together.
     """
-    scores, values, last_values = [], [], []
+    mask, flat, last_values = completions.mask, [], []
+    groups = [torch.tensor(group, device=mask.device) for group in split_by_length(completions, passes)]
     with evaluating(unwrapped):
-        for start in range(0, len(completions.mask), batch_size):
-            micro = completions.rows(slice(start, start + batch_size))
+        for group in groups:
+            micro = completions.rows(group).trimmed()
             hidden, before, after = forward_with_values(model, unwrapped, micro)
             policy = Predictions(hidden[micro.mask], scorer.policy_head(model))
-            scores.append(scorer.score(policy, reference_side(scorer, micro), micro.completion_ids[micro.mask]))
-            values.append(before)
+            scores = scorer.score(policy, reference_side(scorer, micro), micro.completion_ids[micro.mask])
+            flat.append(dict(scores.items()) | {"values": before[micro.mask]})
             last_values.append(after)
-    named = {name: torch.cat([getattr(s, name) for s in scores]) for name, _ in scores[0].items()}
-    scattered = {name: scatter_masked(flat, completions.mask) for name, flat in named.items()}
-    return TokenScores(**scattered), torch.cat(values), torch.cat(last_values)
+    places = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    back = torch.cat([places[group][mask[group]] for group in groups]).argsort()
+    found = {name: scatter_masked(torch.cat([f[name] for f in flat])[back], mask) for name in flat[0]}
+    values = found.pop("values")
+    return TokenScores(**found), values, torch.cat(last_values)[torch.cat(groups).argsort()]

@@ -161,16 +161,14 @@ class PPOTrainer(Trainer):
         return self.ppo.episodes
 
     def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """One micro-batch. Makes the next rollout first if the last one is used up."""
+        """One micro-batch, or several, see Cycle. Makes the next rollout first if the last one is used up."""
         cycle = self.ppo.cycle
         if cycle.rollout is None:
             self._test_once(model)
             self._make_rollout(model, inputs)
-        micro, tokens = cycle.next_micro_batch()
-        if cycle.running.stopped:
-            loss = torch.zeros((), device=self.args.device)  # no backward: without gradients the step changes nothing
-        else:
-            loss = super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
+        loss = torch.zeros((), device=self.args.device)
+        for micro, tokens in cycle.next_micro_batches():  # after target_kl none: no gradient, no change
+            loss = loss + super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
             if not self._gradient_seen:
                 self._check_gradient(micro)
         if cycle.position % self.args.gradient_accumulation_steps == 0:
@@ -210,7 +208,7 @@ class PPOTrainer(Trainer):
         variance = masked_var(rollout.advantages, rollout.mask, self._collector.reduce)
         rollout.advantages = masked_whiten(rollout.advantages, rollout.mask, self._collector.reduce)
         stats.advantage_scale = torch.rsqrt(variance + 1e-8).item()
-        state.cycle.start(rollout, stats, self._collector.reduce)
+        state.cycle.start(rollout, stats, self.accelerator.gather)  # pyright: ignore
         state.coef = stats.coef
         if self.args.logging_strategy == "no":
             state.train.tables.clear()  # nothing reads them; the last one is for a callback that asks for a log

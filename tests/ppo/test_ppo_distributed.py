@@ -35,7 +35,14 @@ AGREE = {
     "weighed": (4, {"kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pi", "kl_target": 0.5}),
     "adapter": (4, {}),
     "value model": (4, {"bootstrap_truncated": True}),
-}
+    "budget": (
+        2,
+        {
+            "gradient_accumulation_steps": 2, "tokens_per_micro_batch": 16, "train_sampling_strategy": "sequential",
+            "kl_estimator": "exact", "kl_placement": "both", "kl_shard_vocab": "dp",
+        },
+    ),
+}  # fmt: skip
 
 
 def agreeing(name, folder, processes):
@@ -43,12 +50,14 @@ def agreeing(name, folder, processes):
     size, changed = AGREE[name]
     given = {
         "adapter": {"peft_config": tiny.lora()}, "value model": {"value_model": tiny.critic()},
+        "budget": {"value_model": tiny.critic()},
         "weighed": {"token_rule": combine(decay(0.6), along_ref_entropy(1.0, 5.0))},
     }.get(name, {})  # fmt: skip
     if name != "adapter":
         given = {**given, "reference": tiny.llama(5)}
+    data = short_and_long() if name in ("lengths", "budget") else None
     return tiny.trainer(
-        folder / name, data=short_and_long() if name == "lengths" else None, kind=tiny.SeenTrainer, given=given,
+        folder / name, data=data, kind=tiny.SeenTrainer, given=given,
         max_steps=3, top_k=1, per_device_train_batch_size=size * WORLD // processes, **changed,
     )  # fmt: skip
 
@@ -232,6 +241,15 @@ def test_one_process_may_have_shorter_completions_than_the_other(both):
     short, long = both("lengths")
     assert max(short["widths"][0]) == 1
     assert min(long["widths"][0]) == 6
+
+
+def test_both_processes_run_as_many_passes_as_the_one_with_longer_rows(both):
+    """4 rows of 3 tokens fit a budget of 16; 4 rows of 8 make two passes, so the short ones are cut in two as well."""
+    short, long = both("budget")
+    assert [len(widths) for widths in short["widths"]] == [2] * 6
+    assert [len(widths) for widths in long["widths"]] == [2] * 6
+    assert max(map(max, short["widths"][:2])) == 1
+    assert min(map(min, long["widths"][:2])) == 6
 
 
 def test_six_steps_are_three_and_three_more_on_two_processes(both):
