@@ -20,6 +20,7 @@ from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
 from klft.ppo.metrics import Table, gather_table
 from klft.ppo.micro_batches import count_within
+from klft.ppo.phases import Phases
 from klft.ppo.reward_loop import RewardLoop
 from klft.ppo.rewards import RewardFunction, is_judged, move_reward_models, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
@@ -90,14 +91,18 @@ class RolloutCollector:
             keep: count only the first so many rows; the others repeat samples to fill a batch.
         """
         args, accelerator, penalty = self.args, self.accelerator, self.penalty
+        phase = state.phases if learn else Phases()
         # 1. - 3. Encode and left-pad the prompts; generate; the completions' mask from their lengths.
-        completions, terminated, texts, cut = on_all_ranks(accelerator, lambda: self._generate(model, rows))
+        with phase("generate", args.device):
+            completions, terminated, texts, cut = on_all_ranks(accelerator, lambda: self._generate(model, rows))
         mask = completions.mask
         # 4. Both models' scores and the values, from the training forward, at the sampling temperature.
         tables = state.tokens if learn and state.tokens and state.tokens.due(trainer_state.global_step) else None
-        kl, values, last_values = self._score(model, completions, top_k=tables.top_k if tables else 0)
+        with phase("score", args.device):
+            kl, values, last_values = self._score(model, completions, top_k=tables.top_k if tables else 0)
         # 5. Reward functions.
-        by_function, columns, logged = self._judge(rows, completions, texts, trainer_state, cut)
+        with phase("reward", args.device):
+            by_function, columns, logged = self._judge(rows, completions, texts, trainer_state, cut)
         (state.train if learn else state.evaluation).add_logged(logged)
         # 6. Weigh, normalise, clip, charge for a missing end.
         totals, scores = self._total_scores(by_function, terminated, state, learn)

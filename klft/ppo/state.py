@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from klft.ppo.cycle import Cycle
 from klft.ppo.metrics import LOSS_SUMS, Table
+from klft.ppo.phases import Phases
 from klft.shaping import RunningMoments
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class PPOState:
     train: Pending = field(default_factory=Pending)
     evaluation: Pending = field(default_factory=Pending)
     completions: list[dict[str, Any]] = field(default_factory=list)  # of the last rollout, for log_completions
+    phases: Phases = field(default_factory=Phases)  # of training, since the last log
     tokens: "TokenTables | None" = None  # with kl_log_tokens
     warned_of_scores: bool = False  # of large ones
 

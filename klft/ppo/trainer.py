@@ -167,10 +167,11 @@ class PPOTrainer(Trainer):
             self._test_once(model)
             self._make_rollout(model, inputs)
         loss = torch.zeros((), device=self.args.device)
-        for micro, tokens in cycle.next_micro_batches():  # after target_kl none: no gradient, no change
-            loss = loss + super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
-            if not self._gradient_seen:
-                self._check_gradient(micro)
+        with self.ppo.phases("train", self.args.device):
+            for micro, tokens in cycle.next_micro_batches():  # after target_kl none: no gradient, no change
+                loss = loss + super().training_step(model, {"rollout": micro, "tokens": tokens})  # pyright: ignore
+                if not self._gradient_seen:
+                    self._check_gradient(micro)
         if cycle.position % self.args.gradient_accumulation_steps == 0:
             self._end_of_minibatch()
         if cycle.used_up:
@@ -350,7 +351,7 @@ class PPOTrainer(Trainer):
     def _train_metrics(self, names: list[str]) -> dict[str, float]:
         state = self.ppo
         tables = state.train.tables
-        metrics = loss_metrics(state.loss_sums)
+        metrics = loss_metrics(state.loss_sums) | state.phases.take(sum(len(table.tokens) for table in tables))
         if tables:
             metrics |= rollout_metrics(Table.join(tables), names)
             metrics["kl/coef"] = state.coef

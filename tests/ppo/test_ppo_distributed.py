@@ -65,7 +65,7 @@ def agreeing(name, folder, processes):
 def outcome(run):
     return {
         "parameters": tiny.parameters(run.model),
-        "logs": [{k: v for k, v in log.items() if k != "epoch"} for log in run.state.log_history if "loss" in log],
+        "logs": [{k: v for k, v in log.items() if k != "epoch"} for log in tiny.step_logs(run)],
         "widths": [micro.mask.sum(-1).tolist() for micro, _, _ in getattr(run, "seen", [])],
         "random": torch.get_rng_state(),
     }
