@@ -35,13 +35,9 @@ class Completions:
     def trimmed(self: C) -> C:
         """Without the columns that are padding in every row."""
         prompt, completion = (max(1, int(m.sum(-1).max())) for m in (self.prompt_mask, self.mask))
-        columns = {"prompt": slice(-prompt, None), "completion": slice(completion)}
-        return type(self)(
-            **{
-                f.name: getattr(self, f.name)[:, columns["prompt" if f.name.startswith("prompt") else "completion"]]
-                for f in fields(self)
-            }
-        )
+        names = [f.name for f in fields(self)]
+        kept = {name: slice(-prompt, None) if name.startswith("prompt_") else slice(completion) for name in names}
+        return type(self)(**{name: getattr(self, name)[:, columns] for name, columns in kept.items()})
 
     @property
     def inputs(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:

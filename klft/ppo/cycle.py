@@ -32,10 +32,9 @@ class Cycle:
         rows = [rollout.rows(self._minibatch(i)) for i in minibatches]
         counts = [[int(r.mask.sum()), count_within(r, budget) if budget else 0] for r in rows]
         every = gather(torch.tensor([counts], device=rollout.mask.device))  # [processes, minibatches, 2]
-        tokens, passes = every[..., 0].sum(0).tolist(), every[..., 1].amax(0).tolist()
-        self.stats = replace(
-            stats, minibatch_tokens=tuple(map(float, tokens)), minibatch_passes=tuple(passes) if budget else ()
-        )
+        tokens = tuple(every[..., 0].sum(0).double().tolist())
+        passes = tuple(every[..., 1].amax(0).tolist()) if budget else ()
+        self.stats = replace(stats, minibatch_tokens=tokens, minibatch_passes=passes)
 
     @property
     def running(self) -> RolloutStats:

@@ -44,9 +44,8 @@ class Phases:
         metrics = {f"time/{name}/seconds": value for name, value in self.seconds.items()}
         metrics |= {f"memory/{name}/peak_gib": value for name, value in self.peak_gib.items()}
         if tokens and self.since is not None:
-            now = time.perf_counter()
-            metrics["tokens_per_second"] = tokens / (now - self.since)
-            self.since = now
+            since, self.since = self.since, time.perf_counter()
+            metrics["tokens_per_second"] = tokens / (self.since - since)
         self.seconds.clear()
         self.peak_gib.clear()
         return metrics
