@@ -1,14 +1,14 @@
 """Scoring and training of a PPOTrainer on completions of very different lengths, side by side: ratios of tokens/second.
 
-    python benchmarks/ppo.py [--rounds 3] [--rows 32] [--estimator k1] [--threads 1]
+    python benchmarks/ppo.py [--rounds 3] [--rows 32] [--lengths exponential] [--estimator k1] [--contenders budget]
 
-A llama of hidden size 256 with 4 layers and V = 32,768, fp32. Nothing is generated: completions are drawn, their
-lengths log-uniform in 8 ... 256, their prompts of 8 ... 32 tokens, and all contenders get the same. Contenders take
-turns in one process; medians of the rounds' ratios of CPU time. A token is one of a completion, once per rollout.
+A llama of hidden size 256 with 4 layers and V = 32,768, fp32. Nothing is generated: completions of 8 ... 256
+tokens are drawn, log-uniform or 8 and an exponential with a mean of 32, prompts of 8 ... 32, and all contenders get the
+same. They take turns in one process, after a round that does not count; medians of the rounds' ratios of CPU time. A
+token is one of a completion, once per rollout.
 """
 
 import argparse
-import math
 import statistics
 import tempfile
 import time
@@ -51,12 +51,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def drawn_completions(rows: int, seed: int) -> Completions:
-    """Random ids; completions' lengths log-uniform, prompts' uniform."""
+def drawn_completions(rows: int, seed: int, kind: str) -> Completions:
+    """Random ids; completions' lengths of a kind, prompts' uniform."""
     generator = torch.Generator().manual_seed(seed)
-    shortest, longest = map(math.log, COMPLETION)
-    drawn = torch.rand(rows, generator=generator) * (longest - shortest) + shortest
-    lengths = drawn.exp().round().long()
+    drawn, (shortest, longest) = torch.rand(rows, generator=generator), COMPLETION
+    lengths = shortest * (longest / shortest) ** drawn if kind == "log-uniform" else shortest - 32 * drawn.log()
+    lengths = lengths.round().long().clamp(max=longest)
     prompts = torch.randint(PROMPT[0], PROMPT[1] + 1, (rows,), generator=generator)
     lengths[0], prompts[0] = COMPLETION[1], PROMPT[1]  # one of full length, as a rollout usually has
     prompt_mask = torch.arange(PROMPT[1]) >= PROMPT[1] - prompts[:, None]
@@ -112,24 +112,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=32, help="of a rollout, a multiple of 8, at least 16")
     parser.add_argument("--estimator", default="k1")
+    parser.add_argument("--lengths", default="log-uniform", choices=["log-uniform", "exponential"])
+    parser.add_argument("--contenders", nargs="+", default=["trimmed", "budget"], choices=["trimmed", "budget"])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: trainer(name, args, f"{folder}/{name}") for name in CONTENDERS}
-        rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for i in range(args.rounds):
-            completions = drawn_completions(args.rows, seed=i)
+        trainers = {name: trainer(name, args, f"{folder}/{name}") for name in ("padded", *args.contenders)}
+        rates: dict[str, list[float]] = {name: [] for name in trainers}
+        for i in range(1 + args.rounds):
+            completions = drawn_completions(args.rows, i, args.lengths)
             tokens = int(completions.mask.sum())
             for name, made in trainers.items():
                 rates[name].append(tokens / seconds(name, made, completions))
-            print(
-                f"round {i + 1}, {tokens} tokens:",
-                {name: round(rate[-1], 1) for name, rate in rates.items()},
-                flush=True,
-            )
+            last = {name: round(rate[-1], 1) for name, rate in rates.items()}
+            print(f"round {i}, {tokens} tokens; tokens/second: {last}", flush=True)
     for name, rate in rates.items():
-        ratios = [mine / padded for mine, padded in zip(rate, rates["padded"], strict=True)]
+        ratios = [mine / padded for mine, padded in zip(rate[1:], rates["padded"][1:], strict=True)]
         print(f"{name:8s} {statistics.median(ratios):5.2f} x padded ({min(ratios):.2f} ... {max(ratios):.2f})")
 
 
