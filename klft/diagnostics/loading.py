@@ -223,4 +223,6 @@ def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__
+        if isinstance(reason, StopIteration):
+            raise ValueError(f"{name} is empty: there is no row in it") from error
         raise ValueError(f"{name}: {' '.join(str(reason).split()) or repr(reason)}") from error

@@ -69,7 +69,8 @@ def test_prompts_of_a_text_file(tmp_path):
     ("missing.csv", None, "missing.csv.*no such file"), ("missing.txt", None, "missing.txt.*No such file"),
     ("a.csv", "text,more\nthe cat,1\n", r"a.csv has no column 'prompt'; it has \['text', 'more'\]"),
     ("a.jsonl", '{"text": "the cat"}\n', r"a.jsonl has no column 'prompt'; it has \['text'\]"),
-    ("a.jsonl", "", "a.jsonl"), ("a.csv", "prompt\n", "a.csv is empty"), ("a.txt", "", "a.txt is empty"),
+    ("a.jsonl", "", "a.jsonl is empty"), ("a.json", "", "a.json is empty"),
+    ("a.csv", "prompt\n", "a.csv is empty"), ("a.txt", "", "a.txt is empty"),
     ("a.parquet", "no parquet", "a.parquet"),
 ])  # fmt: skip
 def test_files_without_prompts_are_named(name, content, said, tmp_path):
