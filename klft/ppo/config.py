@@ -155,6 +155,11 @@ class PPOConfig(TrainingArguments):
             # Without this, a launcher's several processes on a CPU would each train alone and never say so.
             self.use_cpu = True
         super().__post_init__()
+        if self.use_cpu and self.ddp_timeout != TrainingArguments.ddp_timeout:
+            raise ValueError(
+                f"PPOConfig: ddp_timeout={self.ddp_timeout} would be ignored on a CPU, by transformers: leave it out. "
+                "reward_timeout ends reward functions that hang"
+            )
         problem = scheduler_problem(self) or why_no_zero3(self)
         if problem:
             raise ValueError(f"PPOConfig: {problem}")

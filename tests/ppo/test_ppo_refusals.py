@@ -321,6 +321,11 @@ def test_the_hub_gets_models_and_no_texts(strategy, places, tmp_path, monkeypatc
     assert list(tmp_path.glob("completions/*.parquet")), "they are there, on this disk"
 
 
+def test_a_timeout_that_transformers_ignores_on_a_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ddp_timeout=12 would be ignored on a CPU, .*reward_timeout"):
+        tiny.config(tmp_path, ddp_timeout=12)
+
+
 def test_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch):
     """Here something made accelerate's state before the launcher's variables were there, and it is to be used."""
     assert PartialState(cpu=True).num_processes == 1
