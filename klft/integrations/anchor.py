@@ -167,7 +167,7 @@ class _Anchor:
                 self.penalty, self.parts, model, calls.only(), batch, all_scores=all_scores, top_k=top_k
             )  # fmt: skip
         kl = measured.kl
-        if tables is not None:
+        if tables is not None and not self.trainer.args.process_index % self.trainer.get_tp_size():
             weight = None if kl.weight is None else kl.weight[kl.mask]
             tables.add(self.trainer.state.global_step + 1, batch, measured.scores, weight)
         if training:
@@ -187,10 +187,11 @@ class _Anchor:
             return
         local = self.window.to(accelerator.device, torch.float64)
         self.window = torch.zeros_like(self.window)
-        total = accelerator.reduce(local, "sum")
+        alike = self.trainer.get_tp_size()  # processes that have the same samples, each once
+        total = accelerator.reduce(local, "sum") / alike
         if num_items is not None and not self.completions:
             across = self.trainer.args.average_tokens_across_devices
-            counts = (total if across else local)[2:] / (self.trainer.get_tp_size() if across else 1)
+            counts = (total if across else local / alike)[2:]  # the trainer divides its own count by them as well
             counted = float(counts[0])
             if float(num_items) not in (counted, float(counts.sum())):
                 raise RuntimeError(
@@ -229,7 +230,9 @@ class _Anchor:
         metrics: dict[str, float] = {}
         if prefixes or "loss" in logs:
             for measurements in [self.evaluation] if prefixes else [self.before_log, self.train]:
-                metrics |= measurements.take(self.trainer.accelerator, sampled=self.completions)
+                metrics |= measurements.take(
+                    self.trainer.accelerator, sampled=self.completions, alike=self.trainer.get_tp_size()
+                )
         if metrics:
             metrics["kl/coef"] = self.penalty.coef
         return {"".join(prefixes[:1]) + name: value for name, value in metrics.items()}

@@ -99,6 +99,11 @@ def _check_trainer(trainer: Any) -> None:
             "KLAnchorMixin does not go with context or sequence parallelism: each process sees a part of a text, and "
             "the reference would too. Shard with FSDP2 or tensor parallelism instead"
         )
+    if trains_completions(trainer) and (processes := trainer.get_tp_size()) > 1:
+        raise ValueError(
+            f"KLAnchorMixin: the policy is split over {processes} processes by tensor parallelism, and GRPOTrainer "
+            f"({versions()}) gives each of them prompts and random numbers of its own: shard with FSDP2 instead"
+        )
     if trains_completions(trainer) and trainer.args.beta:
         raise ValueError(
             f"KLAnchorMixin: GRPOConfig has beta={trainer.args.beta}, which counts the KL twice: set beta=0"
