@@ -21,6 +21,7 @@ from klft.loading import find_tokenizer, load_model, reachable, unreachable
 from klft.models import check_tokenizers
 from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import AdapterReference, FrozenReference, Reference
+from klft.writing import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,20 +133,23 @@ def read_texts(
     return texts
 
 
-def read_prompts(name: str, *, split: str = "train", config: str | None = None) -> "Dataset":
+def read_prompts(name: str, *, split: str = "train", config: str | None = None, column: str = "prompt") -> "Dataset":
     """The prompts of a file or a dataset, as a datasets.Dataset with a `prompt` column; the other columns with it.
 
     A .txt file has one prompt per line. Kinds of files and ValueErrors as for read_texts; `config` is a dataset's.
+    `column` has the prompts, and is called `prompt` in what is returned, in the place of a column of that name.
     """
     from datasets import Dataset
 
     path = Path(name)
     rows = Dataset.from_dict({"prompt": _lines(path)}) if _has_lines(path) else _rows(path, name, split, config)
-    if "prompt" not in rows.column_names:
-        raise ValueError(f"{name} has no column 'prompt'; it has {rows.column_names}")
+    if column not in rows.column_names:
+        guess = did_you_mean(column, rows.column_names)
+        raise ValueError(f"{name} has no column {column!r}; it has {rows.column_names}{guess}")
     if not len(rows):
         raise ValueError(f"{name} is empty: there is no prompt in it")
-    return rows
+    replaced = [] if column == "prompt" else [each for each in rows.column_names if each == "prompt"]
+    return rows.remove_columns(replaced).rename_columns({column: "prompt"})
 
 
 def _has_lines(path: Path) -> bool:

@@ -1,0 +1,218 @@
+"""What the recipes of PPO share: refused options, a run with an evaluation before and after it, and what is printed."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import ProgressCallback, TrainerState
+
+from klft import AdapterReference, PPOConfig, PPOTrainer
+from klft.generation import sample_completions
+from klft.parallel import gathered
+from klft.ppo.rewards import call_reward_functions, is_judged, reward_weights
+from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id, template_arguments
+from klft.writing import visible
+
+TABLE_ROWS = 14
+EXAMPLES = 3
+QUANTISATION = {
+    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
+}  # fmt: skip
+SCORE, KL = "eval_reward/score/mean", "eval_kl/sequence/reverse/mean"
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def check_used(unused: set[str], *configs: Any, why: str = "does nothing in this recipe: leave it out") -> None:
+    """Raise ValueError for an option that has no use, where it is not at its default."""
+    for config in configs:
+        for option in dataclasses.fields(config):
+            if option.name in unused and getattr(config, option.name) != option.default:
+                raise ValueError(f"--{option.name} {why}")
+
+
+def check_processes(wanted: int | None, found: int) -> None:
+    """Raise ValueError where another number of processes runs than was asked for."""
+    if wanted not in (None, found):
+        way_out = "Launch as the first line of this recipe shows, or say --processes with the number you want."
+        raise ValueError(f"asked for {wanted} process(es), got {found}. {way_out}")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar, with the numbers to watch instead of all fifty."""
+
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        """Write score, KL and coefficient of a rollout above the bar."""
+        if self.training_bar is not None and "kl/sequence/reverse/mean" in logs:
+            score, kl, coef = logs["reward/score/mean"], logs["kl/sequence/reverse/mean"], logs["kl/coef"]
+            self.training_bar.write(
+                f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
+            )
+
+
+def console_of(trainer: Any) -> Console:
+    """A console that prints from the first process only."""
+    return Console(quiet=not trainer.is_world_process_zero(), markup=False, highlight=False, soft_wrap=True)
+
+
+def train(
+    trainer: Any, card: Callable[[dict[str, float], dict[str, float]], str] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train and save; (metrics before, metrics after) on the evaluation prompts, empty where there are none.
+
+    All processes evaluate, train and save together. `card`: the text of README.md, from both metrics.
+    """
+    args = trainer.args
+    trainer.remove_callback(ProgressCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(ProgressLine)
+    before = trainer.evaluate() if trainer.eval_dataset else {}
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = trainer.evaluate() if trainer.eval_dataset else {}
+    if card is not None:
+        trainer.card = card(before, after)  # also what a push to the hub takes along
+    trainer.save_model(args.output_dir)
+    if card is not None:
+        trainer.create_model_card()  # in the place of PEFT's
+    return before, after
+
+
+# --- what both models say --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reference_model(trainer: PPOTrainer):
+    """The trainer's reference as a model to generate from: the policy without its adapter, or the frozen copy."""
+    reference: Any = trainer.penalty.reference
+    if isinstance(reference, AdapterReference):
+        policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+        with policy.disable_adapter():
+            yield policy
+    else:
+        with reference.placement.in_use():
+            yield reference.model
+
+
+@torch.no_grad()
+def continue_prompts(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+    """(a completion of each row's prompt as the reward functions see it, its token ids), sampled as in training."""
+    args, tokenizer, device = trainer.args, trainer.processing_class, trainer.args.device
+    ends, padding = eos_ids(model, tokenizer), pad_id(tokenizer)
+    generation = args.generation_config(ends, padding)
+    vocab_size = trainer.scorer.shared_vocab(trainer.accelerator.unwrap_model(trainer.model))
+    written, ids = [], []
+    for start in range(0, len(rows), args.per_device_eval_batch_size):
+        batch = rows[start : start + args.per_device_eval_batch_size]
+        prompts = [row["prompt"] for row in batch]
+        templates = [template_arguments(row, args.chat_template_kwargs) for row in batch]
+        inputs = pad(encode_prompts(tokenizer, prompts, args.max_prompt_length, templates), padding)
+        prompt_ids, prompt_mask = (part.to(device) for part in inputs)
+        completions, _ = sample_completions(model, prompt_ids, prompt_mask, generation, vocab_size, tokenizer)
+        written += decode_completions(tokenizer, prompts, **vars(completions), eos_ids=ends)
+        ids += [row[m].tolist() for row, m in zip(completions.completion_ids, completions.mask, strict=True)]
+    return written, ids
+
+
+def call_rewards(
+    functions: list[Any],
+    rows: list[dict[str, Any]],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+    args: PPOConfig,
+    trainer_state: TrainerState,
+) -> torch.Tensor:
+    """Scores [completions, functions] by reward functions, called as PPOTrainer does; NaN where one does not apply."""
+    return call_reward_functions(
+        functions,
+        [row["prompt"] for row in rows],
+        completions,
+        completion_ids,
+        {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+        [template_arguments(row, args.chat_template_kwargs) for row in rows],
+        timeout=args.reward_timeout,
+        trainer_state=trainer_state,
+        log_metric=lambda name, value: None,
+        log_extra=lambda name, values: None,
+    )
+
+
+def total_scores(trainer: Any, rows: list[dict[str, Any]], said: tuple[list[Any], list[list[int]]]) -> list[float]:
+    """The weighted sum of the reward functions for each completion; NaN where none of them applies."""
+    scores = call_rewards(trainer.reward_funcs, rows, *said, trainer.args, trainer.state)
+    weights = reward_weights(trainer.args.reward_weights, len(trainer.reward_funcs))
+    return (scores * weights).nansum(-1).masked_fill(~is_judged(scores), torch.nan).tolist()
+
+
+def samples_table(trainer: Any) -> Table:
+    """The first evaluation prompts continued by the reference and by the policy, sampled, with their scores.
+
+    Every process must call: each generates and scores the same.
+    """
+    rows = [trainer.eval_dataset[i] for i in range(min(EXAMPLES, len(trainer.eval_dataset)))]
+    said = {}
+    for name in ("reference", "policy"):
+        torch.manual_seed(trainer.args.seed)
+        if name == "reference":
+            with reference_model(trainer) as model:
+                said[name] = continue_prompts(trainer, model, rows)
+        else:
+            with gathered(trainer.model_wrapped):
+                said[name] = continue_prompts(trainer, trainer.accelerator.unwrap_model(trainer.model), rows)
+
+    table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
+    for name in ("prompt", "the reference", "score", "the policy", "score"):
+        table.add_column(name)
+    scores = {name: total_scores(trainer, rows, texts) for name, texts in said.items()}
+    for i, row in enumerate(rows):
+        cells = [(shown(said[name][0][i]), f"{scores[name][i]:.2f}") for name in ("reference", "policy")]
+        table.add_row(shown(row["prompt"]), *cells[0], *cells[1])
+    return table
+
+
+def shown(text: Any) -> Text:
+    """A prompt or a completion for a terminal; a model may write what one would obey."""
+    if not isinstance(text, str):
+        turns = [f"{message['role']}: {message['content']}" for message in text]
+        text = text[0]["content"] if len(text) == 1 and text[0]["role"] == "assistant" else "\n".join(turns)
+        return Text("\n".join(visible(line) for line in str(text).strip().split("\n")))
+    return Text(visible(text.strip()))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def kl_table(history: list[dict]) -> Table:
+    """Score, KL and its estimators by step, at most TABLE_ROWS rows; the last one is always among them."""
+    table = Table(title="score, and KL to the reference in nats per sequence")
+    for name in ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens"):
+        table.add_column(name, justify="right")
+
+    logs = [log for log in history if "kl/sequence/reverse/mean" in log]
+    stride = len(logs) // TABLE_ROWS + 1
+    for log in reversed(logs[::-1][::stride]):  # every stride-th log, counted from the last
+        # The logs have nats per token; times tokens per completion they are nats per sequence.
+        length = log["completions/mean_length"]
+        kls = [log[f"kl/{name}/mean"] * length for name in ("reverse", "forward", "k1", "k3")]
+        numbers = [log["reward/score/mean"], *kls, log["kl/coef"]]
+        table.add_row(str(log["step"]), *[f"{number:.3f}" for number in numbers], f"{length:.1f}")
+    return table
+
+
+def print_results(trainer: Any, console: Console, before: dict[str, float], after: dict[str, float]) -> None:
+    """The KL table; and with evaluation prompts what both models say to them, and score and KL before and after."""
+    console.print(kl_table(trainer.state.log_history))
+    if trainer.eval_dataset:
+        console.print(samples_table(trainer))
+        console.print(
+            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {before[SCORE]:.2f} to "
+            f"{after[SCORE]:.2f},\nat an exact reverse KL of {after[KL]:.1f} nats per sequence."
+        )
