@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import klft
 from klft import AdapterReference, PPOConfig, PPOTrainer
-from klft.arguments import hints
+from klft.arguments import fits, hints
 from klft.parallel import gathered
 from klft.writing import atomic_write
 
@@ -37,8 +37,10 @@ def settings(named: Iterable[str], *configs: Any) -> dict[str, Any]:
     found = {}
     others = {f.name for f in dataclasses.fields(TrainingArguments)} - set(named)
     for config in configs:
-        for name in hints(type(config)).keys() - NOT_AGAIN - (others if isinstance(config, PPOConfig) else set()):
-            found[name] = as_yaml(getattr(config, name))
+        types = hints(type(config))
+        for name in types.keys() - NOT_AGAIN - (others if isinstance(config, PPOConfig) else set()):
+            value = as_yaml(getattr(config, name))
+            found[name] = value if fits(value, types[name]) else [value]  # ModelConfig takes one out of its list
     if found.get("total_episodes") is not None:
         found.pop("max_steps", None)  # it follows
     return dict(sorted(found.items()))

@@ -1,0 +1,186 @@
+"""recipes/ppo.py: a saved model, prompts from a file and rewards by name, to a policy, its files and the next command."""
+
+import json
+import runpy
+import shlex
+import sys
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support import tiny
+from support.recipes import RECIPES
+
+REWARD = """
+def w5(prompts, completions, answer, **_):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [text.split().count("w5") / 8 for text in texts]
+
+
+def short(completions, completion_ids, **_):
+    return [-len(ids) / 4 for ids in completion_ids]
+
+
+def broken(completions, **_):
+    return [float("nan")] * len(completions)
+
+
+def raising(solution, **_):
+    return solution
+
+
+constant = 3
+"""
+SETTINGS = {
+    "max_steps": 4, "per_device_train_batch_size": 4, "num_mini_batches": 1, "num_ppo_epochs": 2, "logging_steps": 1,
+    "max_completion_length": 6, "learning_rate": 1e-2, "self_test": "false", "disable_tqdm": "true", "save_steps": 2,
+    "use_cpu": "true",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a policy, rewards, and prompts: texts, and conversations."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.llama(attention_dropout=0.0).save_pretrained(folder / "policy")
+    tiny.tokenizer(chat=True).save_pretrained(folder / "policy")
+    tiny.critic().save_pretrained(folder / "judge")
+    tiny.tokenizer().save_pretrained(folder / "judge")
+    (folder / "judge_of_words.py").write_text(REWARD)
+    texts = tiny.prompts(32)["prompt"]
+    rows = [{"question": text, "answer": str(i)} for i, text in enumerate(texts)]
+    chats = [{"prompt": [{"role": "user", "content": text}], "answer": "1"} for text in texts]
+    for name, lines in (("texts", rows), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def options(world, output, **changed):
+    given = {
+        "model_name_or_path": world / "policy", "prompts": world / "texts.jsonl", "prompt_column": "question",
+        "reward": ["judge_of_words.py:w5"], "output_dir": output, "held_out": 0.25,
+    } | SETTINGS | changed  # fmt: skip
+    parts = [(f"--{name}", *(value if isinstance(value, list) else [value])) for name, value in given.items()]
+    return [str(part) for option in parts for part in option if part is not None]
+
+
+@pytest.fixture
+def run(world, monkeypatch, capsys):
+    """run(output, **options): the recipe in this process, started in the world's folder; what it said."""
+
+    def start(output, config=RECIPES / "ppo.yaml", **changed):
+        arguments = ["--config", str(config), *(options(world, output, **changed) if changed is not None else [])]
+        return started(arguments)
+
+    def started(arguments):
+        monkeypatch.chdir(world)
+        monkeypatch.syspath_prepend(str(RECIPES))
+        monkeypatch.setattr(sys, "argv", [str(RECIPES / "ppo.py"), *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        capsys.readouterr()
+        runpy.run_path(str(RECIPES / "ppo.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    start.with_arguments = started
+    return start
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_command(said):
+    (line,) = [line for line in said.splitlines() if "klft diff" in line]
+    return shlex.split(line.partition(": ")[2])
+
+
+def diff(command, monkeypatch, world):
+    from klft.cli import main
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_texts_and_two_rewards(run, world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    said = run(out, reward=["judge_of_words.py:w5", "judge_of_words:short"], reward_weights=[1.0, 0.5])
+    start = (
+        f"policy {world}/policy, prompts 32 from {world}/texts.jsonl (8 held out), "
+        "reward judge_of_words.py:w5, 0.5 x judge_of_words:short, KL: k1 in the reward, coef 0.05, "
+        f"reference a frozen copy of {world}/policy"
+    )
+    assert start in said
+    assert "the same prompts, continued by both" in said
+
+    # The policy has moved; its files are whole.
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "policy", out))
+    assert tiny.unequal(before, {name: after[name] for name in before})
+    logs = lines_of(out / "log.jsonl")
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3, 4]
+    evaluations = [log for log in logs if "eval_reward/score/mean" in log]
+    assert [log["step"] for log in evaluations] == [0, 4]
+    assert evaluations[0]["eval_kl/sequence/reverse/mean"] == pytest.approx(0.0, abs=1e-6)
+    kl, score = (evaluations[1][f"eval_{name}/mean"] for name in ("kl/sequence/reverse", "reward/score"))
+    assert kl > 0
+    card = (out / "README.md").read_text()
+    for part in (f"| {score:.3f} |", f"| {kl:.3f} |", "k1 in the reward", "run.yaml", "judge_of_words:short"):
+        assert part in card
+
+    # Held-out prompts are none of those that were trained on, and the same ones every time.
+    held = lines_of(out / "samples.jsonl")
+    assert len({row["prompt"] for row in held}) == 8
+    assert {row["prompt"] for row in held} < set(tiny.prompts(32)["prompt"])
+
+    assert diff(last_command(said), monkeypatch, world) in (0, None)
+    assert (out / "diff.html").is_file()
+
+
+def test_run_yaml_runs_the_same_again(run, world, tmp_path):
+    run(tmp_path / "first")
+    run.with_arguments(["--config", str(tmp_path / "first" / "run.yaml"), "--output_dir", str(tmp_path / "second")])
+    assert not tiny.unequal(*(load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")))
+    again, first = (yaml.safe_load((tmp_path / name / "run.yaml").read_text()) for name in ("second", "first"))
+    assert again | {"output_dir": first["output_dir"]} == first
+
+
+def test_conversations_with_an_adapter_and_a_reward_model(run, world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    said = run(
+        out, prompts="chats.jsonl", prompt_column="prompt", use_peft="true", lora_target_modules=["q_proj", "v_proj"],
+        kl_estimator="exact", kl_placement="loss", missing_eos_penalty=0.1,
+    )  # fmt: skip
+    assert "KL: exact in the loss" in said
+    assert f"reference {world}/policy without the new adapter" in said
+    assert "policy, a new adapter |" in (out / "README.md").read_text()
+    assert lines_of(out / "samples.jsonl")[0]["completion"][0]["role"] == "assistant"
+    assert "--adapter" in last_command(said)
+    assert diff(last_command(said), monkeypatch, world) in (0, None)
+
+
+def test_none_held_out_and_a_reward_model(run, world, tmp_path, monkeypatch):
+    said = run(tmp_path / "out", held_out=0, reward=["judge"], max_steps=2)
+    assert "prompts 32 from" in said
+    assert "(0 held out)" in said
+    assert "nothing was measured" in (tmp_path / "out" / "README.md").read_text()
+    assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 32
+    assert diff(last_command(said), monkeypatch, world) in (0, None)
+
+
+def test_a_resumed_run_has_one_log_of_everything(run, tmp_path):
+    out = tmp_path / "out"
+    run(out, max_steps=2)
+    run(out, resume_from_checkpoint="true", resume_changes=["max_steps"])
+    logs = lines_of(out / "log.jsonl")
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3, 4]
+    assert [log["step"] for log in logs if "eval_reward/score/mean" in log] == [0, 4]
+
+
+def test_a_smoke_run_needs_nothing(run, world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    given = ["--smoke", "--output_dir", str(out), "--disable_tqdm", "true", "--use_cpu", "true"]
+    said = run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), *given])
+    assert "On 8 held-out prompts" in said
+    assert diff(last_command(said), monkeypatch, world) in (0, None)
