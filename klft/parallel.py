@@ -3,21 +3,22 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 from klft.sharding import VocabShard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 PLACEMENTS = ("replicated", "sharded", "offloaded")
 _kept: WeakKeyDictionary[nn.Module, list[FSDPModule]] = WeakKeyDictionary()  # units that stay gathered after a forward
@@ -194,6 +195,19 @@ def placed(
         if tensor is not None and tensor.requires_grad and not same_tokens:
             tensor.register_hook(lambda gradient: gradient / mesh.size())  # a sum over processes; FSDP2 takes averages
     return weight, bias, shard
+
+
+def save_gathered(trainer: "Trainer", folder: Path) -> None:
+    """The whole policy, where the Trainer saves none: under FSDP with sharded state dicts. All processes must call."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+        return
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.should_save:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(folder, state_dict=weights)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
 
 
 def why_no_zero3(args: object) -> str | None:

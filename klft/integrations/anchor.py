@@ -26,6 +26,7 @@ from klft.integrations.measure import Measurements, PenaltyPart, loss_scores, me
 from klft.integrations.state import PenaltyState
 from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
+from klft.parallel import save_gathered
 from klft.penalty import KLPenalty, TokenKL
 from klft.writing import KL_FILES, check_unused
 
@@ -102,6 +103,15 @@ class KLAnchorMixin(_Base):
         if kl_loss is None:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer does; under FSDP2 with sharded state dicts, where it saves no model, the whole one as well.
+
+        A checkpoint's shards are enough to resume from.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            save_gathered(self, Path(output_dir or self.args.output_dir or "."))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With `kl/...` since the last log, of all processes; `eval_kl/...` in evaluation (`<name>_kl/...`)."""

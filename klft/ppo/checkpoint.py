@@ -27,10 +27,9 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.fsdp import StateDictType
-from transformers import Trainer
 from transformers.utils import logging
 
+from klft.parallel import save_gathered as save_gathered
 from klft.ppo.guards import on_all_ranks
 from klft.writing import KL_FILES, atomic_write, check_unused, remove_files, sync_file, sync_folder
 
@@ -266,19 +265,6 @@ def check_writable(args: "PPOConfig") -> None:
         raise ValueError(
             f"output_dir={str(output_dir)!r} cannot be written: {error}. Name a folder that can, with space left"
         ) from error
-
-
-def save_gathered(trainer: Trainer, folder: Path) -> None:
-    """The whole policy, where the Trainer saves none: under FSDP with sharded state dicts. All processes must call."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is None or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
-        return
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    if trainer.args.should_save:
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(folder, state_dict=weights)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
 
 
 def finished_run(args: "PPOConfig") -> str | None:
