@@ -21,7 +21,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from klft.integrations.backbone import BackboneCalls
 from klft.integrations.batch import Batch, completion_batch, labelled_batch
-from klft.integrations.checks import as_penalty, check_anchor, check_order, run_self_test, trains_completions
+from klft.integrations.checks import (
+    as_penalty,
+    check_anchor,
+    check_order,
+    check_sharding,
+    run_self_test,
+    trains_completions,
+)
 from klft.integrations.measure import Measurements, PenaltyPart, loss_scores, measure
 from klft.integrations.state import PenaltyState
 from klft.masked import scatter_masked
@@ -54,6 +61,8 @@ class KLAnchorMixin(_Base):
         measure_every: write the tokens of every so many optimizer steps to output_dir/kl, and a page in the end;
             0: never. With a coefficient of 0 the KL is measured in those steps alone (0: in all).
         self_test: check policy, reference and optimizer on three short rows before the first step.
+        kl_shard_vocab: vocabulary sharding of the KL, as PPOConfig's. auto: follow the head's placement; tp: its
+            tensor-parallel shards; dp: shard over data-parallel ranks, all-gather hidden states; none: replicated.
 
     The controller is shown nats per sequence once per optimizer step. Logged are the penalty's own KL and k1, k2, k3
     (of sampled tokens) over all tokens since the last log; the other direction and entropies over those of the last
@@ -71,14 +80,17 @@ class KLAnchorMixin(_Base):
         penalty: KLPenalty | Callable[[nn.Module], KLPenalty] | None = None,
         measure_every: int = 0,
         self_test: bool = True,
+        kl_shard_vocab: str = "auto",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         assert self.model is not None
         self.penalty = as_penalty(penalty, self.model)
         check_anchor(self, self.penalty, measure_every)
+        parts = PenaltyPart.of(self.penalty, self.args, kl_shard_vocab)
+        check_sharding(self.model, parts[0].scorer)
         self.penalty.reference.to(self.args.device)
-        self._anchor = _Anchor(self, self.penalty, measure_every, self_test)
+        self._anchor = _Anchor(self, parts, measure_every, self_test)
         self.add_callback(PenaltyState(self.penalty, "KLAnchor"))
         self.add_callback(AnchorCallback(self._anchor))
 
@@ -122,9 +134,8 @@ class KLAnchorMixin(_Base):
 class _Anchor:
     """The penalty at work in a trainer: which tokens, their KL, the window of an optimizer step, what to log."""
 
-    def __init__(self, trainer: Any, penalty: KLPenalty, measure_every: int, self_test: bool):
-        self.trainer, self.penalty, self.measure_every = trainer, penalty, measure_every
-        self.parts = PenaltyPart.of(penalty, trainer.args)
+    def __init__(self, trainer: Any, parts: list[PenaltyPart], measure_every: int, self_test: bool):
+        self.trainer, self.penalty, self.parts, self.measure_every = trainer, trainer.penalty, parts, measure_every
         self.completions = trains_completions(trainer)
         self.train, self.evaluation = Measurements(), Measurements()
         self.before_log = Measurements()  # all scores, of the training steps before a log

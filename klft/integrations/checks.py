@@ -13,6 +13,7 @@ from klft.models import base_of, evaluating, require_causal_lm, unwrap
 from klft.parallel import check_parallelism, why_no_zero3
 from klft.penalty import KLPenalty
 from klft.references import parts_of
+from klft.scoring import SHARDINGS, Scorer
 
 if TYPE_CHECKING:
     from klft.integrations.measure import PenaltyPart
@@ -146,6 +147,15 @@ def _check_model(model: nn.Module, penalty: KLPenalty) -> None:
                 f"KLAnchorMixin: {type(reference).__name__} has no hidden states to be compared (hidden_of): use it in "
                 "a loop of your own, with KLPenalty.measure"
             )
+
+
+def check_sharding(policy: nn.Module, scorer: Scorer) -> None:
+    """Raise ValueError for an unknown kl_shard_vocab, and where the policy's head does not lie as it says."""
+    if scorer.shard_vocab not in SHARDINGS:
+        choices = ", ".join(SHARDINGS)
+        raise ValueError(f"KLAnchorMixin: kl_shard_vocab must be one of {choices}, got {scorer.shard_vocab!r}")
+    if scorer.shard_vocab != "auto":
+        scorer.policy_head(policy)
 
 
 # ---- before the first step -------------------------------------------------------------------------------------------

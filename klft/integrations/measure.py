@@ -42,14 +42,15 @@ class PenaltyPart:
     scorer: Scorer
 
     @staticmethod
-    def of(penalty: KLPenalty, args: "TrainingArguments") -> "list[PenaltyPart]":
+    def of(penalty: KLPenalty, args: "TrainingArguments", shard_vocab: str = "auto") -> "list[PenaltyPart]":
         """A mixture's references, or the only one."""
         temperature = getattr(args, "temperature", 1.0)
         parts = []
         for weight, reference in parts_of(penalty.reference):
             alone = copy.copy(penalty)  # the controller is the same
             alone.reference = reference
-            parts.append(PenaltyPart(weight, reference, alone, Scorer(reference, temperature=temperature)))
+            scorer = Scorer(reference, temperature=temperature, shard_vocab=shard_vocab)
+            parts.append(PenaltyPart(weight, reference, alone, scorer))
         return parts
 
 
