@@ -136,13 +136,10 @@ def check_options(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig
     models = [reward for reward in rewards if not is_function(reward)]
     labels = own.reward_label
     if labels is not None and len(labels) != len(models):
-        raise ValueError(
-            f"--reward_label has {len(labels)} label(s), --reward {len(models)} reward model(s) ({models})"
-        )
-    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
-        raise ValueError(
-            f"--reward_weights has {len(args.reward_weights)} weight(s), --reward {len(rewards)}: {rewards}"
-        )
+        raise ValueError(f"--reward_label has {len(labels)} label(s), and --reward {len(models)} model(s): {models}")
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(f"--reward_weights has {len(weights)} weight(s), and --reward names {len(rewards)}: {rewards}")
 
 
 def make_smoke(own: OwnArguments, model_args: "ModelConfig", args: "PPOConfig", folder: Path) -> None:
@@ -216,12 +213,18 @@ def read_own_prompts(own: OwnArguments, args: "PPOConfig") -> tuple["Dataset", "
     return train, rows.select(held) if held else None
 
 
+def load_judge(name: str, label: str | None) -> Any:
+    """A reward model. label: a name, an index, or none."""
+    from klft.ppo import RewardModel
+
+    by_number = label is not None and label.isdigit()
+    return RewardModel(name, label=int(str(label)) if by_number else None if label == "none" else label)
+
+
 def load_rewards(own: OwnArguments, args: "PPOConfig", rows: "Dataset") -> list[Any]:
     """The reward functions and models, each called on two made-up completions of the first prompts."""
     from ppo_run import call_rewards
     from transformers import TrainerState
-
-    from klft.ppo import RewardModel
 
     labels = iter(own.reward_label or [])
     some = [rows[i % len(rows)] for i in range(2)]
@@ -233,17 +236,13 @@ def load_rewards(own: OwnArguments, args: "PPOConfig", rows: "Dataset") -> list[
     functions = []
     rewards: Any = own.reward
     for reward in sorted(rewards, key=is_function, reverse=True):  # models take longer
-        if is_function(reward):
-            function = load_function(reward)
-        else:
-            label = next(labels, None)
-            label = None if label == "none" else label
-            function = RewardModel(reward, label=int(label) if label and label.isdigit() else label)
+        doing = "loading it"
         try:
+            function: Any = load_function(reward) if is_function(reward) else load_judge(reward, next(labels, None))
+            doing = "called on two made-up completions"
             call_rewards([function], some, written, [[0], [0, 0]], args, TrainerState())
         except Exception as error:  # whatever a function raises
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"--reward {reward}, called on two made-up completions: {said}") from error
+            raise ValueError(f"--reward {reward}, {doing}: {type(error).__name__}: {error}") from error
         functions.append((rewards.index(reward), function))
     return [function for _, function in sorted(functions, key=lambda pair: pair[0])]
 
@@ -270,10 +269,11 @@ def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> 
     train_prompts, held_out = read_own_prompts(own, args)
     name = str(model_args.model_name_or_path)
     source = {"revision": model_args.model_revision, "trust_remote_code": own.trust_remote_code}
-    tokenizer = load_tokenizer(name, **source)  # small, and it says when there is no such model
+    tokenizer = load_tokenizer(name, "--model_name_or_path", **source)  # small, and it says when there is no such model
     rewards = load_rewards(own, args, train_prompts)
     policy = load_model(
         name,
+        "--model_name_or_path",
         is_trainable=True,  # of an adapter that is trained on
         dtype=model_args.dtype or "auto",
         attn_implementation=model_args.attn_implementation,

@@ -1,4 +1,4 @@
-"""recipes/ppo.py: a saved model, prompts from a file and rewards by name, to a policy, its files and the next command."""
+"""recipes/ppo.py: from a saved model, prompts in a file and rewards by name to a policy and the next command."""
 
 import json
 import runpy
@@ -9,7 +9,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from support import tiny
-from support.recipes import RECIPES
+from support.processes import launch
+from support.recipes import RECIPES, error_of
 
 REWARD = """
 def w5(prompts, completions, answer, **_):
@@ -184,3 +185,84 @@ def test_a_smoke_run_needs_nothing(run, world, tmp_path, monkeypatch):
     said = run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), *given])
     assert "On 8 held-out prompts" in said
     assert diff(last_command(said), monkeypatch, world) in (0, None)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_policy(world, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--config", RECIPES / "ppo.yaml", *options(world, out, processes=2, per_device_train_batch_size=2)]
+    done = launch(str(RECIPES / "ppo.py"), *arguments, timeout=200, cwd=world, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("(8 held out)") == done.stdout.count("klft diff") == 1
+    logs = lines_of(out / "log.jsonl")
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3, 4]
+    assert len({row["prompt"] for row in lines_of(out / "samples.jsonl")}) == 8
+    assert yaml.safe_load((out / "run.yaml").read_text())["processes"] == 2
+
+
+REFUSED = [
+    ({"reward": None}, "needs --reward (module:function, file.py:function or a reward model). --smoke runs"),
+    ({"prompts": "no.jsonl"}, "--prompts no.jsonl: there is no such file"),
+    ({"prompts": "empty.txt"}, "--prompts empty.txt --prompt_column question: empty.txt has no column 'question'"),
+    ({"prompts": "broken.jsonl"}, "--prompts broken.jsonl --prompt_column question: broken.jsonl: "),
+    ({"prompt_column": "questoin"}, "it has ['question', 'answer']. Did you mean 'question'?"),
+    ({"prompt_column": "prompt"}, "it has ['question', 'answer']: name it with --prompt_column"),
+    ({"prompt_column": "number", "prompts": "numbers.jsonl"}, "prompt 0 must be text, or messages"),
+    ({"prompts": "few.txt", "prompt_column": "prompt"}, "has 3 prompt(s), and one rollout takes 4"),
+    ({"prompts_split": "dev"}, "--prompts_split does nothing with --prompts"),
+    ({"held_out": 1}, "--held_out must be a share of the prompts, at least 0 and below 1, got 1.0"),
+    ({"reward": ["nowhere_to_be:found"]}, "--reward nowhere_to_be:found: ModuleNotFoundError: No module named"),
+    ({"reward": ["nowhere.py:found"]}, "--reward nowhere.py:found: FileNotFoundError: there is no file nowhere.py"),
+    ({"reward": ["judge_of_words.py"]}, "name the function in it too, as judge_of_words.py:my_reward"),
+    ({"reward": ["judge_of_words.py:shrot"]}, "there is no 'shrot' in it. Did you mean 'short'?"),
+    ({"reward": ["judge_of_words:shrot"]}, "there is no 'shrot' in it. Did you mean 'short'?"),
+    ({"reward": ["judge_of_words.py:constant"]}, "--reward judge_of_words.py:constant is no function, but a int"),
+    (
+        {"reward": ["judge_of_words.py:broken"]},
+        "two made-up completions: ValueError: reward function 'broken' returned",
+    ),
+    ({"reward": ["judge_of_words.py:raising"]}, "two made-up completions: TypeError: raising() missing 1 required"),
+    (
+        {"reward": ["no_folder"]},
+        "--reward no_folder, loading it: ValueError: reward model no_folder: there is no such folder",
+    ),
+    ({"reward_label": ["good"]}, "--reward_label has 1 label(s), and --reward 0 model(s): []"),
+    (
+        {"reward": ["judge"], "reward_label": ["good"]},
+        "--reward judge, loading it: ValueError: this reward model has one output",
+    ),
+    ({"reward_weights": [1, 2]}, "--reward_weights has 2 weight(s), and --reward names 1: ['judge_of_words.py:w5']"),
+    ({"model_name_or_path": "no_folder"}, "--model_name_or_path no_folder: there is no such folder"),
+    ({"load_in_4bit": "true"}, "--load_in_4bit does nothing in this recipe: leave it out"),
+    ({"lora_r": 4}, "--lora_r does nothing without --use_peft"),
+    ({"learning_rate": -3}, "learning_rate must be"),
+    ({"promts": "x"}, "unknown option --promts. Did you mean --prompts?"),
+    ({"processes": 3}, "asked for 3 process(es), got 1"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), REFUSED)
+def test_what_cannot_work_is_one_line(changed, said, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (world / "empty.txt").write_text("")
+    (world / "few.txt").write_text("w1\nw2\nw3\n")
+    (world / "broken.jsonl").write_text('{"question": "a"\n')
+    (world / "numbers.jsonl").write_text('{"number": 3}\n' * 8)
+    given = options(world, tmp_path / "out", **changed)
+    given = [part for part in given if part != "--reward"] if changed.get("reward", "") is None else given
+    assert said in error_of("ppo", given, monkeypatch, capsys)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_missing_options_are_named_together(monkeypatch, capsys):
+    line = error_of("ppo", [], monkeypatch, capsys)
+    assert all(f"--{name} (" in line for name in ("model_name_or_path", "prompts", "reward"))
+
+
+@pytest.mark.parametrize("given", [{}, {"dataset_name": "p.jsonl"}, {"reward": "judge_of_words:w5"}])
+def test_the_demo_does_not_train_your_model_on_its_prompts_or_reward(given, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    arguments = ["--processes", "1", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", "policy"]
+    arguments += [part for name, value in given.items() for part in (f"--{name}", value)]
+    assert error_of("ppo_reviews", arguments, monkeypatch, capsys).endswith("recipes/ppo.py")
