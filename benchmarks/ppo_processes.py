@@ -144,7 +144,7 @@ def generation_of(run: Run, _: int) -> dict[str, Any]:
     from klft.parallel import gathered
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(  # transformers' types hide its own generate
         LlamaConfig(
             vocab_size=run.size, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0,
