@@ -18,6 +18,8 @@ from support.processes import launch, leave, python
 from support.trainers import AnchoredGRPO, AnchoredSFT, grpo, grpo_config, policy, sft_config, texts
 
 from klft import AdaptiveKL
+from klft.integrations.checks import check_sharding
+from klft.scoring import Scorer
 
 LIKE = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -59,6 +61,7 @@ def main(folder, kind):
         run = AnchoredSFT(
             model, args=args, train_dataset=texts(), eval_dataset=texts(8), processing_class=tiny.tokenizer(),
             penalty=penalty, self_test=name == "llama", measure_every=2 if name == "llama" else 0,
+            kl_shard_vocab="tp" if kind == "tp" and name == "llama" else "auto",
         )  # fmt: skip
         run.train()
         dtensors = sum(hasattr(p, "full_tensor") for p in run.model.parameters())
@@ -75,6 +78,9 @@ def main(folder, kind):
         }  # fmt: skip
         torch.save(found, folder / f"{kind}-{name}-{args.process_index}.pt")
     if kind == "tp":
+        for shard in ("dp", "none"):
+            with pytest.raises(ValueError, match=f"kl_shard_vocab={shard}: the policy's head is tensor parallel"):
+                check_sharding(model, Scorer(penalty.reference, shard_vocab=shard))
         args = grpo_config(folder)
         assert args.distributed_state is not None
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
