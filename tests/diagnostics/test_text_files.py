@@ -65,6 +65,14 @@ def test_prompts_of_a_text_file(tmp_path):
     assert read_prompts(str(tmp_path / "a.TXT")).to_dict() == {"prompt": ["the cat", "007"]}
 
 
+def test_prompts_of_another_column(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,question,answer\nno,the cat,1\n")
+    found = read_prompts(str(tmp_path / "a.csv"), column="question")
+    assert found.to_dict() == {"prompt": ["the cat"], "answer": ["1"]}
+    with pytest.raises(ValueError, match=r"no column 'questoin'; it has .*'answer'\]. Did you mean 'question'\?"):
+        read_prompts(str(tmp_path / "a.csv"), column="questoin")
+
+
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("missing.csv", None, "missing.csv.*no such file"), ("missing.txt", None, "missing.txt.*No such file"),
     ("a.csv", "text,more\nthe cat,1\n", r"a.csv has no column 'prompt'; it has \['text', 'more'\]"),

@@ -266,3 +266,23 @@ def test_the_demo_does_not_train_your_model_on_its_prompts_or_reward(given, worl
     arguments = ["--processes", "1", "--output_dir", str(tmp_path / "out"), "--model_name_or_path", "policy"]
     arguments += [part for name, value in given.items() for part in (f"--{name}", value)]
     assert error_of("ppo_reviews", arguments, monkeypatch, capsys).endswith("recipes/ppo.py")
+
+
+@pytest.mark.parametrize(("copies", "share", "rollout", "held"), [
+    (1, 0.1, 4, 10), (1, 0.05, 4, 8), (1, 0.0, 4, 0), (3, 0.1, 4, 30), (1, 0.1, 96, 4), (1, 0.1, 100, 0),
+    (4, 0.9, 4, 99), (10, 0.9, 4, 256),
+])  # fmt: skip
+def test_prompts_held_out_are_not_trained_on(copies, share, rollout, held, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = runpy.run_path(str(RECIPES / "ppo.py"))
+    distinct = 100 if copies < 10 else 300
+    prompts = [f"w{i}" for i in range(distinct)] * copies
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    own = recipe["OwnArguments"](prompts=str(tmp_path / "prompts.txt"), held_out=share)
+    args = tiny.config(tmp_path, per_device_train_batch_size=rollout)
+    train, kept_out = recipe["read_own_prompts"](own, args)
+    alone = set(kept_out["prompt"]) if kept_out else set()
+    assert len(alone) == (len(kept_out) if kept_out else 0) == held
+    assert alone.isdisjoint(train["prompt"])
+    assert len(train) == copies * (distinct - held) >= rollout
+    assert alone | set(train["prompt"]) == set(prompts)
