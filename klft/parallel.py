@@ -136,7 +136,8 @@ class Placement:
         finally:
             for tensor, kept in self._on_cpu:
                 tensor.data = kept
-            reshard(self.model)
+            if self.kind == "sharded":
+                reshard(self.model)
 
 
 def _shard(model: nn.Module, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from klft.models import evaluating, unwrap
+from klft.parallel import Placement
 from klft.references.adapter import trained_weights
 from klft.references.frozen import FrozenReference, ModelReference
 
@@ -50,6 +51,7 @@ class EMAReference(FrozenReference):
         self.decay, self.every, self.steps = decay, every, 0
         self._swaps = hasattr(inner, "disable_adapter")
         (ModelReference if self._swaps else FrozenReference).__init__(self, inner if self._swaps else _copy_of(inner))
+        self.placement = Placement(self.model)  # a copy lies with the policy, an adapter in it
         self._kept = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self.model.named_parameters()
