@@ -37,8 +37,15 @@ def check_parallelism(args: "TrainingArguments", accelerator: "Accelerator", pol
     ]  # fmt: skip
     config = getattr(accelerator, "parallelism_config", None)
     tp_size = getattr(config, "tp_size", None) or int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1))
-    if tp_size > 1 and not any(isinstance(p, DTensor) for p in policy.parameters()):
+    split = any(isinstance(p, DTensor) for p in policy.parameters())
+    if tp_size > 1 and not split:
         asked.append(f"tensor parallelism over {tp_size} processes")
+    plan: dict[str, str] = getattr(policy, "tp_plan", None) or {}
+    if split and args.gradient_accumulation_steps > 1 and "replicated_with_grad_allreduce" in plan.values():
+        raise ValueError(
+            f"{type(policy).__name__} under tensor parallelism: transformers sums the gradients of its replicated norms "
+            "anew with every micro-batch, those of earlier ones again. Take gradient_accumulation_steps=1"
+        )
     if asked:
         raise ValueError(
             f"{asked[0]} was asked for and {runs} runs: every process would hold whole models. Launch FSDP and "

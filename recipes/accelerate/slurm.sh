@@ -1,8 +1,8 @@
 #!/bin/bash
 # PPO of a model of your own on two machines under Slurm: one task per machine, each an `accelerate launch`.
-#   sbatch recipes/accelerate/slurm.sh --model_name_or_path any/causal-lm --dataset_name prompts.jsonl \
+#   sbatch recipes/accelerate/slurm.sh --model_name_or_path any/causal-lm --prompts prompts.jsonl \
 #       --reward my_module:my_reward --output_dir /shared/run
-# Submit it from the repository's folder. All options go to recipes/ppo_reviews.py; output_dir, the models' cache (HF_HOME)
+# Submit it from the repository's folder. All options go to recipes/ppo.py; output_dir, the models' cache (HF_HOME)
 # and the environment must lie where both machines see them.
 #SBATCH --job-name=klft-ppo
 #SBATCH --nodes=2
@@ -32,5 +32,5 @@ srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --config_file recipes/accelerate/two_nodes.yaml \
         --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$processes" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$main_process_ip" --main_process_port "$main_process_port" \
-        recipes/ppo_reviews.py --config recipes/ppo_reviews.yaml --processes "$processes" "$@"
+        recipes/ppo.py --config recipes/ppo.yaml --processes "$processes" "$@"
 ' bash "$@"

@@ -18,7 +18,7 @@ RUNS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 
 
 def given(asked, runs, config=None):
-    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None} | asked)
+    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, "gradient_accumulation_steps": 1} | asked)
     return args, SimpleNamespace(distributed_type=DistributedType(runs), parallelism_config=config)
 
 
@@ -47,6 +47,10 @@ def test_tensor_parallelism_needs_a_model_that_was_loaded_with_it(by, monkeypatc
     try:
         sharded.weight = nn.Parameter(distribute_tensor(sharded.weight.data, init_device_mesh("cpu", (1,))))
         check_parallelism(*given({}, "MULTI_GPU", config), sharded)
+        sharded.tp_plan = {"q_norm": "replicated_with_grad_allreduce"}  # as Qwen3's
+        check_parallelism(*given({}, "MULTI_GPU", config), sharded)
+        with pytest.raises(ValueError, match=r"^Linear under tensor parallelism: .*gradient_accumulation_steps=1$"):
+            check_parallelism(*given({"gradient_accumulation_steps": 2}, "MULTI_GPU", config), sharded)
     finally:
         dist.destroy_process_group()
     if by == "nobody":

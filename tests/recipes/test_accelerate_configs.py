@@ -205,10 +205,10 @@ def test_slurm_starts_a_launcher_on_each_machine(tmp_path):
         args = launcher.launch_command_parser().parse_args(words)
         assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 8, rank)
         assert (args.main_process_ip, args.main_process_port) == ("node7", 20000 + 1234567 % 20000)
-        assert args.training_script == "recipes/ppo_reviews.py"
+        assert args.training_script == "recipes/ppo.py"
         assert args.training_script_args[-len(given) :] == given
         assert args.training_script_args[-len(given) - 2 : -len(given)] == ["--processes", "8"]
-        for path in (args.config_file, args.training_script, "recipes/ppo_reviews.yaml"):
+        for path in (args.config_file, args.training_script, "recipes/ppo.yaml"):
             assert (FOLDER.parents[1] / path).is_file()
 
 
