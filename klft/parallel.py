@@ -43,8 +43,8 @@ def check_parallelism(args: "TrainingArguments", accelerator: "Accelerator", pol
     plan: dict[str, str] = getattr(policy, "tp_plan", None) or {}
     if split and args.gradient_accumulation_steps > 1 and "replicated_with_grad_allreduce" in plan.values():
         raise ValueError(
-            f"{type(policy).__name__} under tensor parallelism: transformers sums the gradients of its replicated norms "
-            "anew with every micro-batch, those of earlier ones again. Take gradient_accumulation_steps=1"
+            f"{type(policy).__name__} under tensor parallelism: transformers sums the gradients of its replicated "
+            "norms anew with every micro-batch, those of earlier ones again. Take gradient_accumulation_steps=1"
         )
     if asked:
         raise ValueError(
