@@ -196,6 +196,8 @@ def _check_trainer(trainer: Any, reward: KLReward) -> None:
     zero3 = why_no_zero3(args)
     refused = (
         (zero3 is not None, zero3),
+        (trainer.get_tp_size() > 1, "tensor parallelism splits the policy, and TRL gives each of its processes prompts "
+         "and random numbers of its own: shard with FSDP2 instead"),
         (weight is None, "the trainer does not have it: RLOOTrainer(..., reward_funcs=[reward, kl])"),
         (weight != 1.0, f"its reward weight is {weight}, which scales the coefficient: use 1.0, and coef="),
         (args.beta != 0.0, f"beta={args.beta} counts the KL a second time: set beta=0.0"),

@@ -117,7 +117,7 @@ class RolloutCollector:
         last_values = torch.where(final, 0.0, last_values)
         advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last_values)
         returns = advantages + values
-        if tables:
+        if tables and self._counts:
             tables.add(trainer_state.global_step + 1, completions, kl, rewards, advantages)
         if learn and args.log_completions:
             state.completions = self._completion_rows(rows, texts, scores, kl, columns)

@@ -447,6 +447,7 @@ def test_help_loads_nothing_that_takes_long():
 # --- recipes/measure_kl.py -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_recipe_measures_the_same_on_one_process_and_on_two(tmp_path, monkeypatch, capsys):
     recipe = RECIPES / "measure_kl.py"
     given = [str(recipe), "--config", recipe.with_suffix(".yaml"), "--smoke", "--max_texts", "31"]

@@ -146,6 +146,7 @@ os._exit(0)  # gloo's threads may abort an interpreter's end, a destroyed group'
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -159,6 +160,7 @@ def test_ranks_that_would_not_meet_in_the_backward_are_told_on_both(what, said, 
         assert "on all ranks or on none" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"), [("ids", "token_ids"), ("per_token", "per_token[0] has 2 entries"), ("shape", "[N, D] = [3, 2]")]
 )
@@ -168,6 +170,7 @@ def test_a_wrong_input_of_one_rank_is_an_error_on_both(what, said, tmp_path):
     assert said in second
 
 
+@pytest.mark.slow
 def test_ranks_that_meet(tmp_path):
     assert both_ranks(tmp_path, "fine") == ["trained\n"] * 2
 

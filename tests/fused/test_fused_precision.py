@@ -177,6 +177,7 @@ def test_a_reference_in_a_precision_of_its_own(dtype, ref_dtype, monkeypatch):
                 assert error(mine, true) <= 8 * max(eps, 2e-7) * true.abs().max()
 
 
+@pytest.mark.slow
 @every_function
 def test_sixteen_bit_weights_gather_their_gradient_in_fp32(function, monkeypatch):
     two = near_heads(256, 67, 16, 0.5, torch.bfloat16)

@@ -33,6 +33,7 @@ def test_every_shape_of_a_block(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_is_found(tmp_path):
     hook = "from jaxtyping import install_import_hook as i; i('klft.fused.torch_backend', 'beartype.beartype')\n"
     done = subprocess.run([sys.executable, "-c", hook + BROKEN], check=True, **fresh(tmp_path))

@@ -59,6 +59,14 @@ def test_trainer_is_refused(name, path, tmp_path):
         kl(prompts=["w3"], completions=[""], completion_ids=[[4]])
 
 
+def test_a_policy_that_is_split_is_refused(path, tmp_path, monkeypatch):
+    kl = KLReward(rloo.reference(path))
+    run = rloo.trainer(tmp_path, rloo.policy(path), [kl])
+    monkeypatch.setattr(run, "get_tp_size", lambda: 2)
+    with pytest.raises(ValueError, match="tensor parallelism splits the policy"):
+        kl.bind(run)
+
+
 def test_trainer_without_it_is_refused(path, tmp_path):
     run = rloo.trainer(tmp_path, rloo.policy(path), [tiny.mixed, KLReward(rloo.reference(path))])
     with pytest.raises(ValueError, match="the trainer does not have it"):
