@@ -126,7 +126,9 @@ class Placement:
             self.model.to("cpu")
             tensors = [*self.model.parameters(), *self.model.buffers()]
             self.device, pin = device, device.type == "cuda"
-            self._on_cpu = [(t, t.data.pin_memory() if pin else t.data) for t in tensors]
+            for tensor in tensors if pin else ():
+                tensor.data = tensor.data.pin_memory()
+            self._on_cpu = [(t, t.data) for t in tensors]
         elif self.kind == "sharded" and dist.is_initialized() and dist.get_world_size() > 1:
             if not isinstance(self.model, FSDPModule):
                 _shard(self.model, device)

@@ -208,11 +208,11 @@ class _Anchor:
             return
         local = self.window.to(accelerator.device, torch.float64)
         self.window = torch.zeros_like(self.window)
-        alike = self.trainer.get_tp_size()  # processes that have the same samples, each once
-        total = accelerator.reduce(local, "sum") / alike
+        tp_size = self.trainer.get_tp_size()  # ranks of a group hold the same samples
+        total = accelerator.reduce(local, "sum") / tp_size
         if num_items is not None and not self.completions:
             across = self.trainer.args.average_tokens_across_devices
-            counts = (total if across else local / alike)[2:]  # the trainer divides its own count by them as well
+            counts = (total if across else local / tp_size)[2:]  # the trainer divides its own count by them as well
             counted = float(counts[0])
             if float(num_items) not in (counted, float(counts.sum())):
                 raise RuntimeError(
@@ -252,7 +252,7 @@ class _Anchor:
         if prefixes or "loss" in logs:
             for measurements in [self.evaluation] if prefixes else [self.before_log, self.train]:
                 metrics |= measurements.take(
-                    self.trainer.accelerator, sampled=self.completions, alike=self.trainer.get_tp_size()
+                    self.trainer.accelerator, sampled=self.completions, tp_size=self.trainer.get_tp_size()
                 )
         if metrics:
             metrics["kl/coef"] = self.penalty.coef

@@ -196,10 +196,10 @@ class Measurements:
             for kept in self.columns.values():
                 del kept[0]
 
-    def take(self, accelerator: "Accelerator", sampled: bool, alike: int = 1) -> dict[str, float]:
+    def take(self, accelerator: "Accelerator", sampled: bool, tp_size: int = 1) -> dict[str, float]:
         """The metrics of all processes' tokens; all processes that have measured call it together. Forgets them.
 
-        alike: so many processes in a row have the same tokens (tensor parallelism), which count once.
+        tp_size: the ranks of a tensor-parallel group hold the same tokens, which count once.
         """
         if not self.columns:
             return {}
@@ -207,7 +207,7 @@ class Measurements:
         self.columns, self.next_sequence = {}, 0
         # Sequences of different processes by different numbers; padding by a negative one.
         table[:, -1] = table[:, -1] * accelerator.num_processes + accelerator.process_index
-        if accelerator.process_index % alike:
+        if accelerator.process_index % tp_size:
             table[:, -1] = -1
         padded: Any = accelerator.pad_across_processes(table[None].to(accelerator.device), dim=1, pad_index=-1)
         gathered = accelerator.gather(padded).flatten(0, 1).cpu()  # pyright: ignore

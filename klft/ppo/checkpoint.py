@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from klft.parallel import save_gathered as save_gathered
 from klft.ppo.guards import on_all_ranks
 from klft.writing import KL_FILES, atomic_write, check_unused, remove_files, sync_file, sync_folder
 

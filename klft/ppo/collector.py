@@ -56,22 +56,21 @@ class RolloutCollector:
     tokenizer: PreTrainedTokenizerBase
     policy: InitVar[nn.Module]  # as it was loaded; `collect` is given it as the trainer wraps it
     loop: RewardLoop = field(default_factory=RewardLoop)  # of async reward functions
-    alike: int = 1  # processes in a row that share their samples: tensor parallelism
 
     def __post_init__(self, policy: nn.Module):
         check_parallelism(self.args, self.accelerator, policy)
-        move_reward_models(self.reward_funcs, self.args.device, self.args.reward_model_placement, self.alike)
+        move_reward_models(self.reward_funcs, self.args.device, self.args.reward_model_placement, self.args.tp_size)
 
     def reduce(self, t: Tensor) -> Tensor:
-        """Sum over processes, of what several have alike once."""
+        """Sum over data-parallel ranks: the ranks of a tensor-parallel group hold the same samples."""
         reduced = self.accelerator.reduce(t, "sum")
         assert isinstance(reduced, Tensor)
-        return reduced / self.alike
+        return reduced / self.args.tp_size
 
     @property
     def _counts(self) -> bool:
-        """Whether what this process has is its own, or first its own among those that have the same."""
-        return self.accelerator.process_index % self.alike == 0
+        """Whether this is the first rank of its tensor-parallel group, whose samples count for all of it."""
+        return self.accelerator.process_index % self.args.tp_size == 0
 
     def collect(
         self,
@@ -176,7 +175,7 @@ class RolloutCollector:
         return score_completions_by(
             self.reward_funcs, self.accelerator, rows, completions, texts, trainer_state=trainer_state, loop=self.loop,
             known=cut, templates=self._templates(rows), timeout=self.args.reward_timeout,
-            alike=self.alike,
+            tp_size=self.args.tp_size,
         )  # fmt: skip
 
     def _total_scores(

@@ -244,13 +244,13 @@ class PPOConfig(TrainingArguments):
     @property
     def episodes_per_rollout(self) -> int:
         """Completions of one rollout, over all processes; those of a tensor-parallel group have theirs in common."""
-        return self.rollout_batch_size * (self.world_size // self.processes_alike)
+        return self.rollout_batch_size * (self.world_size // self.tp_size)
 
-    processes_alike = 1  # that have the same samples; no field
+    tp_size = 1  # tensor-parallel size, known once the model is loaded; no field
 
     def split_tensors(self, processes: int) -> None:
         """So many processes in a row hold one model together, by tensor parallelism, and have the same samples."""
-        self.processes_alike = processes
+        self.tp_size = processes
         self._count_steps()
 
     def _count_steps(self) -> None:

@@ -187,18 +187,18 @@ def reward_models(functions: Sequence[RewardFunction]) -> dict[str, PreTrainedMo
 
 
 def move_reward_models(
-    functions: Sequence[RewardFunction], device: torch.device, placement: str | None, alike: int
+    functions: Sequence[RewardFunction], device: torch.device, placement: str | None, tp_size: int
 ) -> None:
     """Reward models to the device that the policy is trained on; other functions see to themselves.
 
-    `placement`: of them all, None as each was made. Raises ValueError for sharded ones where processes are `alike`: one
-    of them asks for all.
+    `placement`: of them all, None as each was made. Raises ValueError for sharded ones with tensor
+    parallelism: one rank of each group asks.
     """
     for function in functions:
         if isinstance(function, RewardModel):
             if placement:
                 function.placement = Placement(function.model, placement)
-            if alike > 1 and function.placement.kind == "sharded":
+            if tp_size > 1 and function.placement.kind == "sharded":
                 raise ValueError(
                     f"reward model {function.__name__!r}: sharded models need every process, and under tensor "
                     "parallelism one of each group asks. Take replicated or offloaded"
@@ -247,13 +247,13 @@ def score_completions_by(
     known: dict[str, list[float]] | None = None,
     templates: list[dict[str, Any]] | None = None,
     timeout: float | None = None,
-    alike: int = 1,
+    tp_size: int = 1,
 ) -> tuple[Tensor, dict[str, list], dict[str, list[float]]]:
     """(raw scores [B, K] of this process, columns for the table of completions, metrics that functions logged).
 
     `known`: numbers of this process's prompts that are logged with them. `templates`: each prompt's template_arguments,
-    for the reward models. `timeout`: seconds that a function may take. `alike`: so many processes in a row have the
-    same completions (tensor parallelism); the first of them asks, for all. The metrics are those of all processes. An
+    for the reward models. `timeout`: seconds that a function may take. `tp_size`: the ranks of a
+    tensor-parallel group hold the same completions; the first of them asks. The metrics are those of all processes. An
     error on one rank ends all ranks with it.
     """
     dataset_columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -278,12 +278,12 @@ def score_completions_by(
         )
 
     rank = accelerator.process_index
-    scores = on_all_ranks(accelerator, call if rank % alike == 0 else lambda: None)
-    every = gather_object([(scores, columns, local) if alike > 1 else (None, None, local)])
-    if alike > 1:
-        scores, columns, _ = every[rank - rank % alike]
+    scores = on_all_ranks(accelerator, call if rank % tp_size == 0 else lambda: None)
+    every = gather_object([(scores, columns, local) if tp_size > 1 else (None, None, local)])
+    if tp_size > 1:
+        scores, columns, _ = every[rank - rank % tp_size]
     logged: dict[str, list[float]] = {}
-    for _, _, of_rank in every[::alike]:
+    for _, _, of_rank in every[::tp_size]:
         for name, values in of_rank.items():
             logged.setdefault(name, []).extend(values)
     return scores.to(accelerator.device), columns, logged

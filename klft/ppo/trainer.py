@@ -22,6 +22,7 @@ from klft.fused import fused_token_loss
 from klft.fused.functions import ChunkScores
 from klft.masked import masked_sum, masked_var, masked_whiten, scatter_masked
 from klft.models import disable_dropout, quiet
+from klft.parallel import save_gathered
 from klft.penalty import TokenRule
 from klft.ppo import checkpoint as ckpt
 from klft.ppo import inputs as given
@@ -133,7 +134,7 @@ class PPOTrainer(Trainer):
         given.place_reference(reference, self.args)
         self._collector = RolloutCollector(
             args, self.accelerator, self.penalty, self.scorer, self.reward_funcs,
-            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer, model, alike=args.processes_alike,
+            reward_weights(args.reward_weights, len(self.reward_funcs)), tokenizer, model,
         )  # fmt: skip
         self.ppo = PPOState(Cycle(args, self._data_rank, episodes=0), coef=self.penalty.coef)
 
@@ -153,7 +154,7 @@ class PPOTrainer(Trainer):
 
     @property
     def _data_rank(self) -> int:
-        return self.args.process_index // self.args.processes_alike
+        return self.args.process_index // self.args.tp_size
 
     @property
     def episodes(self) -> int:
@@ -242,7 +243,7 @@ class PPOTrainer(Trainer):
             per_token=[getattr(micro, name)[mask] for name in names],
         )
         # Processes' gradients are averaged, so each contributes its sum times their number.
-        processes = args.world_size // args.processes_alike
+        processes = args.world_size // args.tp_size
         loss = (policy_loss + args.vf_coef * masked_sum(value, mask)) * processes / max(inputs["tokens"], 1.0)
         per_token = torch.cat(seen, 1) if seen else hidden.new_zeros(5, 0)
         if not self._ratio_seen and args.disable_dropout and per_token.numel():
@@ -441,7 +442,7 @@ class PPOTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self._output_dir)
         if not _internal_call:
-            ckpt.save_gathered(self, folder)
+            save_gathered(self, folder)
         value_function.save_value_function(self._policy, folder, write=self.args.should_save)
 
     def push_to_hub(self, *args: object, **kwargs: object) -> Any:
