@@ -32,7 +32,7 @@ class Cycle:
         rows = [rollout.rows(self._minibatch(i)) for i in minibatches]
         counts = [[int(r.mask.sum()), count_within(r, budget) if budget else 0] for r in rows]
         every = gather(torch.tensor([counts], device=rollout.mask.device))  # [processes, minibatches, 2]
-        tokens = tuple(every[:: self.args.tp_size, :, 0].sum(0).double().tolist())  # one rank of each tensor-parallel group
+        tokens = tuple(every[:: self.args.tp_size, :, 0].sum(0).double().tolist())  # one rank of each group
         passes = tuple(every[..., 1].amax(0).tolist()) if budget else ()
         self.stats = replace(stats, minibatch_tokens=tokens, minibatch_passes=passes)
 
