@@ -5,13 +5,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("KLFT_TEST_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", os.environ["KLFT_TEST_THREADS"])  # of the processes that tests start, too
 
 import pytest
 import torch
 
+if os.environ.get("KLFT_TEST_DEVICE") != "cuda":  # trainers' tests on a card: CONTRIBUTING.md
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 pytest.register_assert_rewrite("support")
 torch.set_num_threads(int(os.environ["KLFT_TEST_THREADS"]))
 

@@ -60,9 +60,9 @@ FAMILIES = {
 FP32 = {"mamba"}  # casts its logits, whatever it is given
 
 
-def build(name, dtype=torch.float64):
+def build(name, dtype=torch.float64, seed=0):
     family, _, changed = FAMILIES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     names = (f"{family}TextConfig", f"{family}Config")
     config = next(filter(None, (getattr(transformers, name, None) for name in names)))(**SMALL | changed)
     made = (getattr(transformers, f"{family}{suffix}", None) for suffix in ("ForCausalLM", "LMHeadModel"))

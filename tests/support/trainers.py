@@ -31,7 +31,7 @@ def policy(seed: int = 0, **changed: Any) -> Any:
 def _common(output_dir: Any, changed: dict[str, Any]) -> dict[str, Any]:
     """Plain gradient descent: Adam would hide the size of a gradient."""
     return {
-        "output_dir": str(output_dir), "use_cpu": True, "report_to": "none", "save_strategy": "no", "seed": 3,
+        "output_dir": str(output_dir), "use_cpu": tiny.ON_CPU, "report_to": "none", "save_strategy": "no", "seed": 3,
         "logging_steps": 1, "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "optim": "sgd", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "max_steps": 4,
         "per_device_train_batch_size": 4, "dataloader_pin_memory": False,
