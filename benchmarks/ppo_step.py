@@ -1,6 +1,6 @@
 """A whole PPO step beside its floor and beside TRL: episodes per second, and peak memory.
 
-    python benchmarks/ppo_step.py [--rounds 3] [--trl FOLDER] [--vocab 512 32768] [--phases]
+    python benchmarks/ppo_step.py [--rounds 3] [--trl FOLDER] [--vocab 512 32768] [--phases] [--card]
 
 Contenders: klft's PPOTrainer (k1 in the reward); the floor, a plain loop of transformers that generates, scores and
 trains likewise, from dense logits, with no reference and no KL; and TRL's experimental PPOTrainer, from a FOLDER where
@@ -9,7 +9,8 @@ the only way TRL has, instead of a value head. All have the same llama (hidden s
 clipping, 16 prompts of 16 tokens a rollout, 64 new tokens, micro-batches of 8 and 2 epochs of one minibatch; a
 completion ends early by chance only. Each runs in a process of its own, in turn: the first rollout does not count, the
 next ones are timed; memory is what the process had at its peak above what it had after its imports. --phases: in which
-phase klft and the floor have most, sampled.
+phase klft and the floor have most, sampled. --card: on a GPU, in bf16 autocast, with hidden size 1024, 12 layers, 64
+prompts, 128 new tokens and micro-batches of 16; memory is then that of the CUDA allocator.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,16 +45,19 @@ from transformers import (
 )
 
 PAD, EOS = 0, 1
-PROMPT, NEW, ROWS, MICRO, EPOCHS = 16, 64, 16, 8, 2
+CARD = "--card" in sys.argv
+PROMPT, EPOCHS = 16, 2
+NEW, ROWS, MICRO, HIDDEN, LAYERS = (128, 64, 16, 1024, 12) if CARD else (64, 16, 8, 256, 4)
+DEVICE = torch.device("cuda" if CARD else "cpu")
 ROLLOUTS = 3  # one of them to warm up
 
 
-def config(vocab_size: int, hidden_size: int = 256, layers: int = 4) -> LlamaConfig:
+def config(vocab_size: int, hidden_size: int = HIDDEN, layers: int = LAYERS) -> LlamaConfig:
     """A small body."""
     return LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None,
-        eos_token_id=EOS, pad_token_id=PAD,
+        num_attention_heads=max(hidden_size // 64, 1), num_key_value_heads=max(hidden_size // 64, 1),
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
 
 
@@ -62,7 +67,7 @@ def policy(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config(vocab_size))
 
 
-def critic(vocab_size: int, hidden_size: int = 256, layers: int = 4) -> LlamaForSequenceClassification:
+def critic(vocab_size: int, hidden_size: int = HIDDEN, layers: int = LAYERS) -> LlamaForSequenceClassification:
     """A value model of the policy's size, or a smaller one."""
     torch.manual_seed(2)
     one_output = config(vocab_size, hidden_size, layers)
@@ -88,12 +93,17 @@ def prompt_ids() -> list[list[int]]:
 class Clock(TrainerCallback):
     """(wall, CPU) seconds at the end of every optimizer step, as the trainers count these."""
 
-    def __init__(self):
+    def __init__(self, phase: "Sampler"):
         self.marks: list[tuple[float, float]] = []
+        self.phase = phase
 
     def mark(self) -> None:
         """Now."""
+        if CARD:
+            torch.cuda.synchronize()
         self.marks.append((time.perf_counter(), time.process_time()))
+        if len(self.marks) == EPOCHS * (ROLLOUTS - 1):  # of which only the last rollout's are said
+            self.phase.seconds.clear()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Called by the trainers."""
@@ -110,10 +120,11 @@ class Clock(TrainerCallback):
 
 
 class Sampler:
-    """What the process holds, every 2 ms, and its most by phase."""
+    """Seconds by phase; what the process holds, every 2 ms, and its most by phase."""
 
     def __init__(self):
         self.phase, self.most, self.base = "other", {}, 0.0
+        self.seconds: dict[str, float] = defaultdict(float)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -129,9 +140,12 @@ class Sampler:
     @contextmanager
     def __call__(self, name: str):
         """Around a phase."""
-        before, self.phase = self.phase, name
+        before, self.phase, start = self.phase, name, time.perf_counter()
         yield
+        if CARD:
+            torch.cuda.synchronize()
         self.phase = before
+        self.seconds[name] += time.perf_counter() - start
 
 
 def held() -> float:
@@ -147,7 +161,8 @@ def run_klft(vocab_size: int, value_model: bool, folder: str, clock: Clock, phas
     args = PPOConfig(
         output_dir=folder, per_device_train_batch_size=MICRO, gradient_accumulation_steps=ROWS // MICRO,
         num_ppo_epochs=EPOCHS, max_steps=EPOCHS * ROLLOUTS, max_completion_length=NEW, report_to="none",
-        save_strategy="no", logging_steps=EPOCHS, disable_tqdm=True, use_cpu=True, learning_rate=1e-5,
+        save_strategy="no", logging_steps=EPOCHS, disable_tqdm=True, use_cpu=not CARD, bf16=CARD,
+        learning_rate=1e-5,
     )  # fmt: skip
     texts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids()]
     trainer = PPOTrainer(
@@ -163,7 +178,7 @@ def run_klft(vocab_size: int, value_model: bool, folder: str, clock: Clock, phas
         with phase(name), original(self, name, device):
             yield
 
-    with patch.object(Phases, "__call__", seen):
+    with patch.object(Phases, "__call__", seen), patch("torch.cuda.reset_peak_memory_stats"):
         trainer.train()
 
 
@@ -175,7 +190,7 @@ def run_trl(vocab_size: int, value_model: bool, folder: str, clock: Clock, _: Sa
     args = PPOConfig(
         output_dir=folder, per_device_train_batch_size=MICRO, gradient_accumulation_steps=ROWS // MICRO,
         num_ppo_epochs=EPOCHS, total_episodes=ROWS * ROLLOUTS, response_length=NEW, report_to="none",
-        save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=1e-5, temperature=1.0, bf16=False,
+        save_strategy="no", disable_tqdm=True, use_cpu=not CARD, learning_rate=1e-5, temperature=1.0, bf16=CARD,
         gradient_checkpointing=os.environ.get("KLFT_BENCH_CHECKPOINTING") == "1", num_sample_generations=0,
     )  # fmt: skip
     PPOTrainer(
@@ -190,8 +205,8 @@ class Floor:
     """What a PPO step cannot do without: generation, one forward to score, and the epochs."""
 
     def __init__(self, vocab_size: int, value_model: bool):
-        self.policy = policy(vocab_size)
-        self.critic = critic(vocab_size) if value_model else torch.nn.Linear(256, 1)
+        self.policy = policy(vocab_size).to(DEVICE)
+        self.critic = (critic(vocab_size) if value_model else torch.nn.Linear(HIDDEN, 1)).to(DEVICE)
         self.parameters = [*self.policy.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.sampling = GenerationConfig(
@@ -214,7 +229,7 @@ class Floor:
 
     def rollout(self, clock: Clock, phase: Sampler) -> None:
         """One rollout and its two optimizer steps."""
-        prompts = torch.tensor(prompt_ids())
+        prompts = torch.tensor(prompt_ids(), device=DEVICE)
         with torch.no_grad(), phase("generate"):
             model: Any = self.policy  # transformers' types hide its own generate
             ids = model.generate(prompts, generation_config=self.sampling)
@@ -240,7 +255,8 @@ def run_floor(vocab_size: int, value_model: bool, _folder: str, clock: Clock, ph
     """The plain loop."""
     floor = Floor(vocab_size, value_model)
     for _ in range(ROLLOUTS):
-        floor.rollout(clock, phase)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CARD):
+            floor.rollout(clock, phase)
 
 
 RUNS: dict[str, Callable[[int, bool, str, Clock, Sampler], None]] = {
@@ -257,20 +273,26 @@ def child(name: str, vocab_size: int, threads: int, phases: bool) -> None:
     kind, _, value_model = name.partition("+")
     if kind != "floor":  # what RUNS imports, before the first look at the memory
         importlib.import_module({"klft": "klft.ppo.trainer", "trl": "trl.experimental.ppo.ppo_trainer"}[kind])
-    base, clock, phase = held(), Clock(), Sampler()
+    base, phase = held(), Sampler()
+    clock = Clock(phase)
     if phases:
         phase.start()
     with tempfile.TemporaryDirectory() as folder:
         RUNS[kind](vocab_size, bool(value_model), folder, clock, phase)
     wall, cpu = clock.per_rollout()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - base  # Linux: KiB
+    if CARD:
+        peak = torch.cuda.max_memory_allocated() / 2**20
     most = {key: round(value) for key, value in phase.most.items()}
-    print("RESULT " + json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "phases": most}), flush=True)
+    seconds = {key: round(value, 3) for key, value in phase.seconds.items()}
+    result = {"wall": wall, "cpu": cpu, "peak": peak, "phases": most, "seconds": seconds}
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 def measured(name: str, vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """What a fresh process says of one contender."""
     command = [sys.executable, __file__, "--child", name, "--vocab", str(vocab_size), "--threads", str(args.threads)]
+    command += ["--card"] * CARD
     paths = [args.trl] if name.startswith("trl") else []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]), "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -295,6 +317,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[512, 32_768])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--trl", help="folder with TRL 1.12")
+    parser.add_argument("--card", action="store_true", help="on a GPU")
     parser.add_argument("--phases", action="store_true", help="also sample memory by phase")
     parser.add_argument("--contenders", nargs="+", default=["klft", "floor", "klft+vm", "floor+vm"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
