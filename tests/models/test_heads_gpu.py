@@ -3,8 +3,7 @@
 import pytest
 import torch
 from support import oracles
-from support.heads import IDS
-from test_heads import FAMILIES, build
+from support.heads import FAMILIES, IDS, build
 
 from klft.fused import token_scores
 from klft.heads import LMHead
