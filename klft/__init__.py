@@ -16,6 +16,7 @@ from klft._version import __version__ as __version__
 if TYPE_CHECKING:
     from klft.checks import check_setup
     from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
+    from klft.diagnostics.comparison import Comparison, compare
     from klft.divergences import (
         alpha_divergence,
         entropy,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "klft.checks": ("check_setup",),
     "klft.controllers": ("AdaptiveKL", "FixedKL", "PIController", "ScheduledKL", "TargetKL"),
+    "klft.diagnostics.comparison": ("Comparison", "compare"),
     "klft.divergences": (
         "alpha_divergence", "entropy", "forward_kl", "jsd", "renyi_divergence", "reverse_kl", "skew_kl",
         "skew_reverse_kl",
@@ -71,11 +73,11 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "AdapterReference", "AdaptiveKL", "CachedReference", "EMAReference", "FixedKL", "FrozenReference", "KLPenalty",
-    "LMHead", "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL",
-    "TokenScores", "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "entropy",
-    "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd", "k1", "k2",
-    "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
+    "AdapterReference", "AdaptiveKL", "CachedReference", "Comparison", "EMAReference", "FixedKL", "FrozenReference",
+    "KLPenalty", "LMHead", "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL",
+    "TokenScores", "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "compare",
+    "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd",
+    "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
     "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits", "shape_rewards", "skew_kl",
     "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
 ]  # fmt: skip

@@ -1,15 +1,16 @@
-"""The command line: `klft report`, `klft diff`, `klft doctor`; and one-line errors, which the recipes share.
+"""The command line: `klft report`, `klft diff`, `klft doctor`, `klft completion`.
 
-Models, statistics and pages are klft.diagnostics' business, imported when a command runs. Of the recipes' arguments
-TrlParser takes whatever YAML holds: a misspelt key's advice is for developers, the second of two equal keys wins, null
-and lists pass for numbers. `parse_arguments` looks at the file first and says file, line, and what to do.
+Models, statistics and pages are klft.diagnostics' business, imported when a command runs.
 """
 
+import math
 import os
 import sys
+import time
 import webbrowser
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -18,17 +19,36 @@ from klft._version import __version__
 from klft.arguments import check_writable, one_line_errors
 from klft.writing import escaping_output, print_error, visible
 
+if TYPE_CHECKING:
+    from klft.diagnostics.comparison import Comparison
+    from klft.scoring import ScoredTexts
+
 # --- klft report, klft diff ------------------------------------------------------------------------------------------
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Token-level KL between two language models: where in the text do they part? Add --debug for tracebacks.",
+    epilog="Exit codes: 1 failed while running, 2 bad usage, 3 above --fail-above, 130 Ctrl-C.",
 )  # fmt: skip
 Page = Annotated[Path, typer.Option("--output", "-o", help="The page to write: one HTML file, opened from disk.")]
 Opened = Annotated[bool, typer.Option("--open", help="Open the page in a browser.")]
 Sequences = Annotated[int, typer.Option(min=0, help="Sequences to show in full: the worst, and random ones.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to show of each.")]
 Seed = Annotated[int, typer.Option(help="For the random ones.")]
+PROGRESS_SECONDS = 5.0  # between two lines of progress, where stderr is no terminal
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"klft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Options of klft itself."""
 
 
 @app.command()
@@ -46,7 +66,7 @@ def report(
     with one_line_errors():
         check_writable(output)
         write_report(source, output, sequences=sequences, tokens=tokens, seed=seed)
-    _written(output, opened)
+    _written(output, opened, sys.stdout)
 
 
 @app.command()
@@ -57,7 +77,15 @@ def diff(
     dataset: Annotated[str | None, typer.Option(help="A dataset's hub id or folder, instead of --texts.")] = None,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
     column: Annotated[str | None, typer.Option(help="Default: text, or prompt and completion, or messages.")] = None,
+    turns: Annotated[str, typer.Option(help="Which turns of the assistant's count: last or all.")] = "last",
     output: Page = Path("diff.html"),
+    sequences: Sequences = 32,
+    save: Annotated[Path | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers on stdout, and nothing else.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary in Markdown, and nothing else.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All percentiles, and the tokens with the largest KL.")] = False,
+    fail_above: Annotated[float | None, typer.Option(help="Exit 3 for a mean reverse KL (nats) above it.")] = None,
+    hide_text: Annotated[bool, typer.Option("--hide-text", help="Ids in the place of texts, in all output.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="MODEL is a PEFT adapter; compare with its base.")] = False,
     max_texts: Annotated[int | None, typer.Option(min=1, help="Take the first so many texts.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 512,
@@ -67,48 +95,89 @@ def diff(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 (hides KLs under 2e-4) or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Of MODEL's, not REF's.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Of MODEL on the hub: a branch, tag or commit.")] = None,
+    ref_revision: Annotated[str | None, typer.Option(help="Of REF, likewise.")] = None,
     opened: Opened = False,
 ) -> None:
     """Compare two causal language models with one vocabulary on texts: exact KL of every token, both ways.
 
     The texts are given, not sampled from MODEL, so there is no sampled estimate (k1, k2, k3) of a KL.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    from klft.diagnostics import Metadata, Statistics, write_report
-    from klft.diagnostics.loading import load_models, quiet, read_texts
-    from klft.diagnostics.measure import scored_table
-    from klft.diagnostics.terminal import summary_table, worst_table
-    from klft.prompts import encode_texts
-    from klft.scores import check_temperature
-    from klft.scoring import score_texts
+    from klft.diagnostics import write_report
+    from klft.diagnostics.comparison import compare, quoting_nothing
+    from klft.diagnostics.loading import quiet, read_texts
 
     with one_line_errors():
         if (reference is None) != adapter:
             raise ValueError("name two models, MODEL and REF; or one PEFT adapter with --adapter, without REF")
         if (texts is None) == (dataset is None):
             raise ValueError("name the texts to compare on: one of --texts FILE and --dataset NAME")
-        check_temperature(temperature)
-        check_writable(output)
+        _check_outputs(output, save, as_json and as_markdown, fail_above)
         quiet()
-        given = read_texts(texts or dataset or "", split=split, column=column, max_texts=max_texts)
-        policy, frozen, tokenizer = load_models(
-            model, reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        encoded = encode_texts(tokenizer, given, max_length=max_length)
-        options = {"batch_size": batch_size, "max_length": max_length, "temperature": temperature, "top_k": top_k}
-        batches = score_texts(policy, frozen, tokenizer, encoded, **options)
-    count, console = -(-len(encoded.ids) // batch_size), Console(stderr=True)
-    shown = track(batches, "scoring", count, console=console, transient=True, disable=not console.is_terminal)
-    table = scored_table(shown, tokenizer)
-    names = {"model": model, "reference": reference or f"{model} without its adapter"}
-    metadata = Metadata.of(table, tokenizer, temperature=temperature, **names)
-    statistics = Statistics.of(table, metadata)
-    write_report((table, metadata), output)  # before anything is printed
-    title = f"{names['model']} against {names['reference']}"
-    Console().print(summary_table(statistics, title), worst_table(statistics))
-    _written(output, opened)
+        with quoting_nothing(hide_text):
+            given = read_texts(texts or dataset or "", split=split, column=column, max_texts=max_texts)
+        comparison = compare(
+            model, reference, given, turns=turns, max_length=max_length, batch_size=batch_size, temperature=temperature,
+            top_k=top_k, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision,
+            ref_revision=ref_revision, hide_text=hide_text, track=_with_progress,
+        )  # fmt: skip
+    write_report((comparison.table, comparison.metadata), output, sequences=sequences)  # before anything is printed
+    if save:
+        comparison.save(save)
+    _print(comparison, as_json, as_markdown, full)
+    _written(output, opened, sys.stderr if as_json or as_markdown else sys.stdout)
+    _check_limit(comparison.mean_reverse_kl, fail_above)
+
+
+def _check_outputs(page: Path, save: Path | None, both: bool, fail_above: float | None) -> None:
+    from klft.diagnostics.comparison import check_suffix
+
+    if both:
+        raise ValueError("--json and --markdown both want stdout to themselves: have the other by --save FILE")
+    if fail_above is not None and not 0 <= fail_above < math.inf:
+        raise ValueError(f"--fail-above must be a finite number of nats, 0 or more, got {fail_above}")
+    for path in filter(None, (page, save and check_suffix(save))):
+        check_writable(path)
+
+
+def _check_limit(mean: float, limit: float | None) -> None:
+    if limit is not None and not mean <= limit:  # NaN is above too
+        print_error(f"the mean reverse KL, {mean:.4g} nats per token, is above --fail-above {limit:g}")
+        raise typer.Exit(3)
+
+
+def _with_progress(batches: "Iterable[ScoredTexts]", count: int) -> "Iterator[ScoredTexts]":
+    """The batches of `count` texts: a bar on a terminal, else a line every PROGRESS_SECONDS; on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, done = Console(stderr=True), 0
+    begun = said = time.monotonic()
+    if not console.is_terminal:
+        print(f"scoring {count:,} texts", file=sys.stderr, flush=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("scoring", total=count)
+        try:
+            for batch in batches:
+                yield batch
+                done += len(batch.sample_ids)
+                bar.update(task, completed=done)
+                now = time.monotonic()
+                if not console.is_terminal and now - said >= PROGRESS_SECONDS:
+                    said, left = now, (now - begun) / done * (count - done)
+                    print(f"scored {done:,} of {count:,} texts, {left:.0f} s to go", file=sys.stderr, flush=True)
+        except (TypeError, ValueError) as error:  # NaN weights, say: no bad usage
+            raise RuntimeError(str(error)) from error
+
+
+def _print(comparison: "Comparison", as_json: bool, as_markdown: bool, full: bool) -> None:
+    from rich.console import Console
+
+    from klft.diagnostics.terminal import summary_table, worst_table
+
+    print(comparison.to_json() if as_json else comparison.to_markdown(full) if as_markdown else comparison)
+    if full and not as_json and not as_markdown:
+        Console().print(summary_table(comparison.statistics), worst_table(comparison.statistics))
 
 
 @app.command()
@@ -146,14 +215,35 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _written(page: Path, opened: bool) -> None:
-    print(f"The page: {visible(str(page))}")
+@app.command()
+def completion(shell: Annotated[str, typer.Argument(metavar="bash|zsh")]) -> None:
+    """Print a script that completes commands, options and file names: eval "$(klft completion bash)"."""
+    with one_line_errors():
+        if shell not in ("bash", "zsh"):
+            raise ValueError(f"there is a completion for bash and for zsh, got {shell!r}")
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    options = {name: [o for p in command.params for o in p.opts if o[0] == "-"] for name, command in commands.items()}
+    cases = "\n".join(f"    {name}) words='{' '.join([*words, '--help'])}' ;;" for name, words in options.items())
+    bash_in_zsh = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else ""
+    print(f"""{bash_in_zsh}_klft() {{
+  local words='{" ".join(options)} --help --version'
+  case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _klft klft""")
+
+
+def _written(page: Path, opened: bool, file: TextIO) -> None:
+    print(f"The page: {visible(str(page))}", file=file)
     if opened:
         webbrowser.open(page.resolve().as_uri())
 
 
 def main() -> None:
-    """The command line `klft`. Exit codes: 1 failed while running, 2 bad usage, 130 Ctrl-C; errors in one line."""
+    """The command line `klft`. Exit codes: 1 failed while running, 2 bad usage, 3 above `--fail-above`, 130 Ctrl-C;
+    errors in one line."""
     stdout = sys.stdout
     with escaping_output():
         try:
@@ -168,10 +258,8 @@ def main() -> None:
 def _run() -> None:
     code = 0
     try:
-        if sys.argv[1:] == ["--version"]:
-            print(f"klft {__version__}")
-        else:
-            code = app([each for each in sys.argv[1:] if each != "--debug"], prog_name="klft", standalone_mode=False)
+        given = [each for each in sys.argv[1:] if each != "--debug"]
+        code = app(given or ["--help"], prog_name="klft", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
         sys.exit(1)
@@ -179,11 +267,7 @@ def _run() -> None:
         if "--debug" in sys.argv:
             raise
         usage = hasattr(error, "format_message")  # click's, or of the copy of click that typer brings
-        text = error.format_message() if usage else f"{type(error).__name__}: {error}"  # pyright: ignore
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(text, file=sys.stderr)
-            sys.exit(2)
-        print_error(text)
+        print_error(error.format_message() if usage else f"{type(error).__name__}: {error}")  # pyright: ignore
         sys.exit(2 if usage else 1)
     sys.exit(code)
 

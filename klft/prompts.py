@@ -7,6 +7,7 @@ special tokens are then the template's business, not the tokenizer's.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 """Text, or a conversation: messages with a role and a content."""
-Text = str | dict[str, Any] | tuple[list[int], int]
+Text = str | dict[str, Any] | list[dict[str, Any]] | tuple[list[int], int]
 """A text to score, see encode_texts."""
 
 
@@ -259,16 +260,36 @@ def decode_completions(
 # ---- whole texts ----------------------------------------------------------------------------------------------------
 
 
+TURNS = ("last", "all")
+
+
+def check_turns(turns: str) -> None:
+    """Raise ValueError for what is none of TURNS."""
+    if turns not in TURNS:
+        raise ValueError(f"turns must be one of {', '.join(TURNS)}, got {turns!r}")
+
+
+class Turns(NamedTuple):
+    """The assistant's turns of a conversation: (start, stop) in its ids of those that count, and how many it has."""
+
+    counted: list[tuple[int, int]]
+    total: int
+
+
 class Encoded(NamedTuple):
-    """Texts as token ids: of each, how many belong to the prompt, and its number among the texts that were given."""
+    """Texts as token ids: of each, how many belong to the prompt, and its number among the texts that were given.
+
+    `turns`: sample id -> Turns, of all conversations given. Of other texts all that follows the prompt counts.
+    """
 
     ids: list[list[int]]
     prompt_lengths: list[int]
     sample_ids: list[int]
+    turns: Mapping[int, Turns] = MappingProxyType({})
 
     def rows(self, index: slice) -> "Encoded":
         """Some of the texts: a batch's, a process's."""
-        return Encoded(self.ids[index], self.prompt_lengths[index], self.sample_ids[index])
+        return Encoded(self.ids[index], self.prompt_lengths[index], self.sample_ids[index], self.turns)
 
 
 def encode_texts(
@@ -277,23 +298,39 @@ def encode_texts(
     *,
     max_length: int,
     template: Mapping[str, Any] | str | None = None,
+    turns: str = "last",
 ) -> Encoded:
     """Texts as token ids, those without a token to score left out, long ones cut at the end; says how many.
 
-    Each is a string, {"text": ...}, {"prompt": ..., "completion": ...} (strings or messages), {"messages": [...]} whose
-    last one is the assistant's, or a pair (token ids, tokens of the prompt). A token that a prompt's last characters
-    share with the completion belongs to the completion. A conversation may bring TEMPLATE_COLUMNS,
-    over `template`. Raises ValueError where nothing is left, naming why.
+    Each is a string, {"text": ...}, {"prompt": ..., "completion": ...} (strings or messages), {"messages": [...]} or
+    such messages, whose last one is the assistant's, or a pair (token ids, tokens of the prompt). A token that a
+    prompt's last characters share with the completion belongs to the completion. A conversation may bring
+    TEMPLATE_COLUMNS, over `template`.
+
+    `turns`: what counts of a conversation, "last": its completion; "all": every turn of the assistant's that something
+    stands before, each as it would count were it the last. Raises ValueError where nothing is left, naming why, and for
+    turns="all" where the chat template writes an earlier turn otherwise than the last one.
     """
+    check_turns(turns)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (the first token is not predicted), got {max_length}")
-    encoded = Encoded([], [], [])
+    chats: dict[int, Turns] = {}
+    encoded = Encoded([], [], [], chats)
     cut = 0
     for number, text in enumerate(texts):
-        ids, prompt = text if isinstance(text, tuple) else _encode(tokenizer, text, number, template, max_length)
+        chat = None
+        if isinstance(text, tuple):
+            ids, prompt = text
+        else:
+            ids, prompt, chat = _encode(tokenizer, text, number, template, max_length)
         if min(ids, default=0) < 0:
             raise ValueError(f"text {number}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
+        if chat is not None:
+            spans = [(prompt, len(ids))] if turns == "last" else _split_turns(tokenizer, chat, ids, number, max_length)
+            spans = [(start, min(stop, len(kept))) for start, stop in spans if max(start, 1) < min(stop, len(kept))]
+            chats[number] = Turns(spans, sum(message["role"] == "assistant" for message in chat.messages))
+            prompt = spans[0][0] if spans else len(ids)
         if len(kept) > max(prompt, 1):
             encoded.ids.append(kept)
             encoded.prompt_lengths.append(prompt)
@@ -312,12 +349,20 @@ def encode_texts(
     return encoded
 
 
-def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) -> tuple[list[int], int]:
-    """(ids, tokens of the prompt); more than the first `wanted` of a long text."""
-    if isinstance(text, str):
-        text = {"text": text}
+class _Chat(NamedTuple):
+    """A conversation, and as the chat template writes it with these arguments."""
+
+    messages: list[dict[str, Any]]
+    arguments: dict[str, Any]
+    text: str
+
+
+def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) -> tuple[list[int], int, _Chat | None]:
+    """(ids, tokens of the prompt, the conversation if it is one); more than the first `wanted` of a long text."""
+    if isinstance(text, (str, list)):
+        text = {"text" if isinstance(text, str) else "messages": text}
     if isinstance(text.get("text"), str):
-        return (_tokenize_start(tokenizer, text["text"], wanted) if text["text"].strip() else []), 0
+        return (_tokenize_start(tokenizer, text["text"], wanted) if text["text"].strip() else []), 0, None
     try:
         return _encode_pair(tokenizer, text, template, wanted)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -327,7 +372,9 @@ def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) 
         ) from error
 
 
-def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any, wanted: int) -> tuple[list[int], int]:
+def _encode_pair(
+    tokenizer: Any, text: dict[str, Any], template: Any, wanted: int
+) -> tuple[list[int], int, _Chat | None]:
     from trl import apply_chat_template, is_conversational
 
     arguments = template_arguments(text, template)
@@ -337,15 +384,40 @@ def _encode_pair(tokenizer: Any, text: dict[str, Any], template: Any, wanted: in
             raise ValueError(f"the last message's role is {last['role']!r}")
         text = {"prompt": before, "completion": [last]}
     pair = {"prompt": text["prompt"], "completion": text["completion"]}
-    messages = bool(is_conversational(pair))
-    if messages:
-        whole = {"messages": join_turns(pair["prompt"], pair["completion"])}
-        prompt_text, whole_text = (
-            _render(tokenizer, pair["prompt"], arguments),
-            apply_chat_template(whole, tokenizer, **arguments)["text"],
-        )
+    chat = None
+    if is_conversational(pair):
+        messages = join_turns(pair["prompt"], pair["completion"])
+        prompt_text = _render(tokenizer, pair["prompt"], arguments)
+        whole_text = apply_chat_template({"messages": messages}, tokenizer, **arguments)["text"]
+        chat = _Chat(messages, arguments, whole_text)
     else:
         prompt_text, whole_text = pair["prompt"], pair["prompt"] + pair["completion"]
-    prompt, ids = (_tokenize_start(tokenizer, t, wanted, not messages) for t in (prompt_text, whole_text))
-    same = [a == b for a, b in zip(prompt, ids, strict=False)]
-    return ids, [*same, False].index(False)
+    ids = _tokenize_start(tokenizer, whole_text, wanted, chat is None)
+    return ids, _shared_start(_tokenize_start(tokenizer, prompt_text, wanted, chat is None), ids), chat
+
+
+def _shared_start(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return [*same, False].index(False)
+
+
+def _split_turns(tokenizer: Any, chat: _Chat, ids: list[int], number: int, wanted: int) -> list[tuple[int, int]]:
+    """(start, stop) in `ids` of the assistant's turns that something stands before."""
+    from trl import apply_chat_template
+
+    spans = []
+    for place, message in enumerate(chat.messages):
+        if message["role"] == "assistant" and place:
+            before = _render(tokenizer, chat.messages[:place], chat.arguments)
+            until = apply_chat_template({"messages": chat.messages[: place + 1]}, tokenizer, **chat.arguments)["text"]
+            if not chat.text.startswith(until):
+                raise ValueError(
+                    f"text {number}: turns='all' cannot tell where the turn of message {place} ends, since the chat "
+                    "template writes it otherwise when it is the last one (without its reasoning, say): score the "
+                    "last turns only, turns='last'"
+                )
+            spans.append(
+                tuple(_shared_start(_tokenize_start(tokenizer, t, wanted, False), ids) for t in (before, until))
+            )
+    return spans

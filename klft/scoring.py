@@ -297,4 +297,9 @@ def _score_batches(
         _check_numbers(scores, mask, batch.sample_ids, names)
         scores = TokenScores(**dict(scores.items()), sampled=torch.zeros_like(mask))
         is_prompt = attention & (position < torch.tensor(batch.prompt_lengths)[:, None])
+        for row, number in enumerate(batch.sample_ids):
+            if number in batch.turns:
+                is_prompt[row] = attention[row]
+                for start, stop in batch.turns[number].counted:
+                    is_prompt[row, start:stop] = False
         yield ScoredTexts(scores, ids, mask, is_prompt, torch.tensor(batch.sample_ids), attention)

@@ -20,14 +20,14 @@ FLOORS = {
     "loading": 4, "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
     "penalty": 5, "checks": 5,
     "ppo": 6, "integrations": 6, "diagnostics": 6, "plots": 6,
-    "arguments": 7, "doctor": 7, "cli": 7,
+    "arguments": 7, "doctor": 7, "cli": 7, "__main__": 7,
 }  # fmt: skip
 TOP = 7
 # Within a floor a module may import those that stand before it here; no others.
 WITHIN = [
     ("estimators", "scores"), ("models", "parallel", "heads"), ("references", "scoring"),
     ("prompts", "scoring", "generation"), ("diagnostics", "plots"),
-    ("arguments", "doctor", "cli"),
+    ("arguments", "doctor", "cli", "__main__"),
 ]  # fmt: skip
 TENSORS = {"torch", "jaxtyping"}
 ARRAYS = TENSORS | {"torch.distributed"}

@@ -8,6 +8,7 @@ import csv
 import logging
 import os
 import shutil
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klft.loading import find_tokenizer, load_model, reachable, unreachable
-from klft.models import check_tokenizers
+from klft.loading import find_tokenizer, load_model, load_tokenizer, reachable, unreachable
+from klft.models import base_of, check_tokenizers
 from klft.prompts import TEMPLATE_COLUMNS, Text
-from klft.references import AdapterReference, FrozenReference, Reference
+from klft.references import Reference, resolve_reference
 from klft.writing import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+NAMES = (str, os.PathLike)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
@@ -35,11 +37,12 @@ COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
 def quiet() -> None:
     """No progress bars and no advice from the libraries that load. klft's own warnings come from one process only."""
-    import datasets
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
-    datasets.disable_progress_bars()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # half a second to import, which lines do not need
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     if int(os.environ.get("RANK", 0)):
@@ -50,41 +53,58 @@ def quiet() -> None:
 
 
 def load_models(
-    model: str,
-    reference: str | None = None,
+    model: str | os.PathLike | nn.Module,
+    reference: "str | os.PathLike | nn.Module | Reference | None" = None,
     *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    ref_revision: str | None = None,
 ) -> tuple[nn.Module, Reference, "PreTrainedTokenizerBase"]:
-    """(policy, reference, tokenizer) by folder or hub id; of a PEFT adapter, its base model with the adapter on.
+    """(policy, reference, tokenizer), each as it is or by folder or hub id; of a PEFT adapter, its base model with the
+    adapter on.
 
-    Without `reference` the policy is an adapter, compared with its own base. `device`: by default "cuda" where there is
-    one, else "cpu". `trust_remote_code` goes to the policy alone. Raises ValueError, naming the model, for what cannot
-    be loaded, for tokenizers that differ, and for a dtype or device that is not there; TypeError for what is no causal
-    language model.
+    Without `reference` the policy has an adapter, and is compared with its own base. `device`, of what is loaded: by
+    default "cuda" where there is one, else "cpu". `trust_remote_code` goes to the policy alone. `revision`,
+    `ref_revision`: a branch, tag or commit on the hub. Raises ValueError, naming the model, for what cannot be loaded,
+    for tokenizers that differ, for a revision of what is not on the hub, and for a dtype or device that is not there;
+    TypeError for what is no causal language model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = _device(device)
     reachable.cache_clear()
-    tokenizer = find_tokenizer(model, trust_remote_code=trust_remote_code)
-    ref_tokenizer = None if reference is None else find_tokenizer(reference, "reference")
-    if tokenizer is not None and ref_tokenizer is not None:
-        check_tokenizers(tokenizer, ref_tokenizer)
-    tokenizer = tokenizer or ref_tokenizer
-    if tokenizer is None:
+    tokenizers = [] if tokenizer is None else [tokenizer]
+    options: dict[str, dict[str, Any]] = {"model": {"trust_remote_code": trust_remote_code}, "reference": {}}
+    for (role, own), given, at in zip(options.items(), (model, reference), (revision, ref_revision), strict=True):
+        if at is not None and (not isinstance(given, NAMES) or Path(given).exists()):
+            raise ValueError(f"revision {at!r}: the {role} is not loaded from the hub, which alone has revisions")
+        own |= {} if at is None else {"revision": at}
+        found = find_tokenizer(given, role, **own) if isinstance(given, NAMES) else None
+        tokenizers += [] if found is None else [found]
+    for other in tokenizers[1:]:
+        check_tokenizers(tokenizers[0], other)
+    if not tokenizers and isinstance(model, nn.Module):
+        tokenizers = [load_tokenizer(base_of(model).config._name_or_path, "model")]
+    if not tokenizers:
         raise ValueError(
-            f"there is no tokenizer beside {' or '.join(filter(None, (model, reference)))}: save one there"
+            f"there is no tokenizer beside {' or '.join(str(g) for g in (model, reference) if g)}: save one there"
         )
-    policy: Any = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    policy = policy.to(device)
-    if reference is not None:
-        kept: Any = load_model(reference, "reference", dtype=dtype)  # without the policy's trust
-        return policy, FrozenReference(kept.to(device)), tokenizer
-    if not hasattr(policy, "disable_adapter"):
-        raise ValueError(f"model {model} is not a PEFT adapter (it has no adapter_config.json): name a reference too")
-    return policy, AdapterReference(policy), tokenizer
+    policy: Any = model
+    if not isinstance(model, nn.Module):
+        policy = load_model(model, dtype=dtype, **options["model"]).to(device)  # pyright: ignore
+        if reference is None and not hasattr(policy, "disable_adapter"):
+            raise ValueError(
+                f"model {model} is not a PEFT adapter (it has no adapter_config.json): name a reference too"
+            )
+    if isinstance(reference, NAMES):
+        loaded: Any = load_model(
+            reference, "reference", dtype=dtype, **options["reference"]
+        )  # without the policy's trust
+        reference = loaded.to(device)
+    return policy, resolve_reference(reference, policy), tokenizers[0]  # pyright: ignore
 
 
 def _device(name: str | None) -> str:
