@@ -361,6 +361,8 @@ def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) 
     """(ids, tokens of the prompt, the conversation if it is one); more than the first `wanted` of a long text."""
     if isinstance(text, (str, list)):
         text = {"text" if isinstance(text, str) else "messages": text}
+    if not isinstance(text, dict):
+        raise TypeError(f"text {number} is a {type(text).__name__}, {text!r:.40}: texts are strings, dicts or messages")
     if isinstance(text.get("text"), str):
         return (_tokenize_start(tokenizer, text["text"], wanted) if text["text"].strip() else []), 0, None
     try:

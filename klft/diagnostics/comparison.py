@@ -188,7 +188,7 @@ class Comparison:
         """`summary` as a table, for a comment or a model card; full: with `summary_lines`."""
         lines = self.summary
         rows = [*lines.items(), *(summary_lines(self.statistics) if full else ())][1:]
-        table = "".join(f"| {_markdown(label)} | {_markdown(value)} |\n" for label, value in rows)
+        table = "\n".join(f"| {_markdown(label)} | {_markdown(value)} |" for label, value in rows)
         return f"**{_markdown(lines['Headline'])}**\n\n| | |\n|---|---|\n{table}"
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -201,7 +201,7 @@ class Comparison:
         if path.suffix == ".parquet":
             return write_records(self.table, path, self.metadata)
         with atomic_write(path) as file:
-            file.write((self.to_json() + "\n" if path.suffix == ".json" else self.to_markdown(full=True)).encode())
+            file.write((self.to_json() if path.suffix == ".json" else self.to_markdown(full=True)).encode() + b"\n")
         return path
 
     def __str__(self) -> str:
@@ -300,8 +300,9 @@ def compare(
     return Comparison(table, metadata, (turns, *counts) if chats else None)
 
 
-def _label(given: object, revision: str | None) -> str:
-    name = model_name(given) if isinstance(given, nn.Module) else str(getattr(given, "name", given))
+def _label(given: Any, revision: str | None) -> str:
+    named = isinstance(given, (str, os.PathLike))
+    name = str(given) if named else model_name(given) if isinstance(given, nn.Module) else given.name
     return f"{name}@{revision}" if revision else name
 
 
