@@ -247,6 +247,6 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}. Name another file with -o") from error
+        raise ValueError(f"{path} cannot be written: {error.strerror}. Name another file") from error
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write, such as -o {path / 'report.html'}")

@@ -46,7 +46,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of klft itself."""
 
@@ -77,15 +79,15 @@ def diff(
     dataset: Annotated[str | None, typer.Option(help="A dataset's hub id or folder, instead of --texts.")] = None,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
     column: Annotated[str | None, typer.Option(help="Default: text, or prompt and completion, or messages.")] = None,
-    turns: Annotated[str, typer.Option(help="Which turns of the assistant's count: last or all.")] = "last",
+    turns: Annotated[str, typer.Option(help="Assistant turns of a chat to score: last or all.")] = "last",
     output: Page = Path("diff.html"),
     sequences: Sequences = 32,
     save: Annotated[Path | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Numbers on stdout, and nothing else.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary in Markdown, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers, and nothing else, on stdout.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary, and nothing else, on stdout.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All percentiles, and the tokens with the largest KL.")] = False,
-    fail_above: Annotated[float | None, typer.Option(help="Exit 3 for a mean reverse KL (nats) above it.")] = None,
-    hide_text: Annotated[bool, typer.Option("--hide-text", help="Ids in the place of texts, in all output.")] = False,
+    fail_above: Annotated[float | None, typer.Option(help="Exit 3 if the mean reverse KL is above (nats).")] = None,
+    hide_text: Annotated[bool, typer.Option("--hide-text", help="Ids in place of texts, in all output.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="MODEL is a PEFT adapter; compare with its base.")] = False,
     max_texts: Annotated[int | None, typer.Option(min=1, help="Take the first so many texts.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 512,
@@ -95,13 +97,14 @@ def diff(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 (hides KLs under 2e-4) or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Of MODEL's, not REF's.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Of MODEL on the hub: a branch, tag or commit.")] = None,
-    ref_revision: Annotated[str | None, typer.Option(help="Of REF, likewise.")] = None,
+    revision: Annotated[str | None, typer.Option(help="MODEL's branch, tag or commit on the hub.")] = None,
+    ref_revision: Annotated[str | None, typer.Option(help="REF's.")] = None,
     opened: Opened = False,
 ) -> None:
     """Compare two causal language models with one vocabulary on texts: exact KL of every token, both ways.
 
-    The texts are given, not sampled from MODEL, so there is no sampled estimate (k1, k2, k3) of a KL.
+    The texts are given, not sampled from MODEL, so there is no sampled estimate (k1, k2, k3) of a KL. Reverse KL is
+    KL(MODEL || REF), which --fail-above takes the mean of, in nats per token; forward KL is KL(REF || MODEL).
     """
     from klft.diagnostics import write_report
     from klft.diagnostics.comparison import compare, quoting_nothing

@@ -77,9 +77,8 @@ class Comparison:
     @functools.cached_property
     def _scored(self) -> pa.Table:
         """The rows that count: scored, and no prompt."""
-        return self.table.filter(
-            pa.array(self.table["logp"].is_valid().to_numpy() & ~self.table["is_prompt"].to_numpy())
-        )
+        scored = self.table["logp"].is_valid().to_numpy() & ~self.table["is_prompt"].to_numpy()
+        return self.table.filter(pa.array(scored))
 
     def _values(self, name: str) -> np.ndarray:
         return self._scored[name].to_numpy().astype(np.float64)
@@ -168,17 +167,15 @@ class Comparison:
     def numbers(self) -> dict[str, Any]:
         """The same and more as numbers, as JSON takes them; None for what there is not. KLs in nats."""
         stats, of = self.statistics, self.metadata
-        made: dict[str, Any] = {
-            name: getattr(of, name) for name in ("klft_version", "model", "reference", "temperature")
-        }
-        made |= {"headline": self.headline, "tokens": stats.tokens, "sequences": stats.sequences}
-        made |= {"turns": self.turns and dict(zip(("setting", "counted", "total"), self.turns, strict=True))}
+        kls = {f"{name}_kl": q for name, q in stats.quantities.items()}
+        made: dict[str, Any] = {name: estimate._asdict() for name, estimate in self.estimates.items()}
+        for name in kls.keys() & made.keys():
+            made[name] |= {f"p{p:g}": kls[name].percentile(p) for p in (50, 90, 95, 99, 99.9)} | {"max": kls[name].high}
+        head = {name: getattr(of, name) for name in ("klft_version", "model", "reference", "temperature")}
+        turns = self.turns and dict(zip(("setting", "counted", "total"), self.turns, strict=True))
+        head |= {"headline": self.headline, "tokens": stats.tokens, "sequences": stats.sequences, "turns": turns}
         made |= {"unbounded": self.unbounded, "perplexity": stats.perplexity, "ref_perplexity": stats.ref_perplexity}
-        made |= {name: estimate._asdict() for name, estimate in self.estimates.items()}
-        for name in [name for name in ("reverse", "forward") if name in stats.quantities]:
-            of = stats.quantities[name]
-            made[f"{name}_kl"] |= {f"p{p:g}": of.percentile(p) for p in (50, 90, 95, 99, 99.9)} | {"max": of.high}
-        return made | {"worst": [{name: row[name] for name in ROW} for row in stats.worst_tokens()[:8]]}
+        return head | made | {"worst": [{name: row[name] for name in ROW} for row in stats.worst_tokens()[:8]]}
 
     def to_json(self) -> str:
         """`numbers` in JSON."""
@@ -206,15 +203,14 @@ class Comparison:
 
     def __str__(self) -> str:
         label, *rest = self.summary.items()
-        return "\n".join([label[1], *(f"{name:16}{value}" for name, value in rest)])
+        return "\n".join([label[1], *(f"{name:17}{value}" for name, value in rest)])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         with TemporaryDirectory() as folder:
-            page = write_report((self.table, self.metadata), Path(folder) / "page.html", **IN_NOTEBOOKS).read_text(
-                "utf-8"
-            )
+            path = write_report((self.table, self.metadata), Path(folder) / "page.html", **IN_NOTEBOOKS)
+            page = path.read_text("utf-8")
         # Without allow-same-origin: the page's script sees nothing of the notebook.
         frame = 'sandbox="allow-scripts" style="width:100%;height:640px;border:0"'
         return f'<pre>{html.escape(str(self))}</pre><iframe {frame} srcdoc="{html.escape(page)}"></iframe>'
