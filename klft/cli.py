@@ -226,14 +226,14 @@ def completion(shell: Annotated[str, typer.Argument(metavar="bash|zsh")]) -> Non
             raise ValueError(f"there is a completion for bash and for zsh, got {shell!r}")
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     options = {name: [o for p in command.params for o in p.opts if o[0] == "-"] for name, command in commands.items()}
-    cases = "\n".join(f"    {name}) words='{' '.join([*words, '--help'])}' ;;" for name, words in options.items())
+    cases = "\n".join(f"    {name}) choices='{' '.join([*words, '--help'])}' ;;" for name, words in options.items())
     bash_in_zsh = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if shell == "zsh" else ""
     print(f"""{bash_in_zsh}_klft() {{
-  local words='{" ".join(options)} --help --version'
+  local choices='{" ".join(options)} --help --version'
   case "${{COMP_WORDS[1]}}" in
 {cases}
   esac
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  COMPREPLY=($(compgen -W "$choices" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _klft klft""")
 

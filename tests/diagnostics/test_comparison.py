@@ -245,3 +245,10 @@ def test_track_sees_every_batch_and_how_many_texts_there_are(models):
 
     klft.compare(*models, TEXTS, tokenizer=tiny.tokenizer(), batch_size=3, track=track)
     assert seen == [(3, 4), (1, 4)]
+
+
+def test_without_top_lists_nothing_is_said_of_the_likeliest_token(models):
+    found = klft.compare(*models, TEXTS, tokenizer=tiny.tokenizer(), top_k=0)
+    assert "same_top1" not in found.estimates
+    assert "same_top1" not in found.numbers
+    assert found.summary["Same top-1"] == "\N{EN DASH} % of the tokens"
