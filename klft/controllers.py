@@ -33,7 +33,8 @@ class Controller:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{key}={getattr(self, key):g}' for key in self._state)})"
+        said = (f"{key}={x:g}" if isinstance(x, float) else f"{key}={x!r}" for key, x in vars(self).items())
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: plain numbers and the class name."""

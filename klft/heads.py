@@ -21,6 +21,7 @@ from klft._deprecated import moved
 from klft.models import address, base_of
 from klft.parallel import placed
 from klft.sharding import VocabShard
+from klft.writing import one_line
 
 # Classes (...ForCausalLM, ...LMHeadModel) of transformers whose logits are the head's output and nothing else. Those in
 # neither table are probed.
@@ -66,6 +67,14 @@ class LMHead:
             raise ValueError(f"LMHead: a weight of shape {w.shape} does not fit bias {getattr(b, 'shape', None)}, {s}")
         if not (0 < abs(self.scale) < torch.inf and (self.softcap is None or 0 < self.softcap < torch.inf)):
             raise ValueError(f"LMHead: scale must not be 0, softcap > 0 or None; got {self.scale} and {self.softcap}")
+
+    @one_line
+    def __repr__(self) -> str:
+        w, shard = self.weight, self.shard
+        rows = "" if shard is None else f", rows {shard.start} to {shard.stop}"
+        more = [f"{name}={value:g}" for name in ("scale", "softcap") if (value := getattr(self, name)) not in (1, None)]
+        size = f"{self.vocab_size} x {w.shape[1]}{rows}{'' if self.bias is None else ', bias'}"
+        return ", ".join([size, str(w.dtype), str(w.device), *more])
 
     @property
     def vocab_size(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from klft.divergences import entropy, forward_kl, reverse_kl
 from klft.estimators import k1, k2, k3
 from klft.masked import Mask, as_mask, token_logps
+from klft.writing import one_line
 
 
 @dataclass
@@ -40,6 +41,11 @@ class TokenScores:
     ref_top_p: Float[Tensor, "*B K"] | None = None
     divergence: Float[Tensor, "*B"] | None = None  # of another kind than the two KLs, where a penalty has one
     sampled: Bool[Tensor, "*B"] | None = None  # whether the policy sampled the token, as k1, k2, k3 assume; None: all
+
+    @one_line
+    def __repr__(self) -> str:
+        there = ", ".join(name for name, _ in self.items())
+        return f"{list(self.logp.shape)}, {self.logp.dtype}, {self.logp.device}: {there}"
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the fields that are there."""

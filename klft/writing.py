@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and text that is safe to print. Standard library only."""
 
 import difflib
+import functools
 import io
 import os
 import shutil
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -96,6 +97,20 @@ def error_line(text: str) -> str:
 def print_error(text: str) -> None:
     """Its error_line on stderr."""
     print(error_line(text), file=sys.stderr)
+
+
+def one_line(said: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A `__repr__`, Class(what `said` gives), that never raises: Class(...) of a half-built object, say."""
+
+    @functools.wraps(said)
+    def shown(self: Any) -> str:
+        try:
+            text = visible(" ".join(said(self).split()))
+        except Exception:  # whatever it is, a debugger or an error's own message asked
+            text = "..."
+        return f"{type(self).__name__}({text})"
+
+    return shown
 
 
 def visible(text: str) -> str:

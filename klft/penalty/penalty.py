@@ -30,11 +30,13 @@ from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
 from klft.penalty.combinations import check_combination, check_divergence, effective_placement, warn_of
+from klft.penalty.inputs import check_measured, find_one_sided
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, check_temperature, score_logits
 from klft.shaping import shape_rewards
 from klft.sharding import all_reduce_sum, on_rank
+from klft.writing import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from klft.fused.functions import ChunkScores
 
 logger = logging.getLogger(__name__)
+
+DEFAULT = FixedKL(0.05)  # the controller where none is given; it never changes
 
 
 class KLPenalty:
@@ -54,6 +58,7 @@ class KLPenalty:
             the sequence KL, with far less variance than k1. With placement="loss" only the first part is used.
         placement: "reward", "loss", or "both" (for exact and k3, whose two halves make up one right gradient). k1 as a
             loss is refused; combinations with a wrong gradient warn by name.
+        coef: a constant coefficient, for FixedKL(coef); 0.05 where there is neither it nor a controller.
         controller: of the coefficient; it sees nats per sequence.
         clip: the largest log-ratio, either sign (sampled), or KL (exact) of one token, in nats; what lies beyond
             counts as that much, without a gradient, see `clipped`. Without it an infinite KL is an error.
@@ -73,11 +78,12 @@ class KLPenalty:
         direction: str = "reverse",
         estimator: str = "k1",
         placement: str = "reward",
-        controller: Controller = FixedKL(0.05),  # noqa: B008 - a FixedKL never changes
+        controller: Controller = DEFAULT,
         clip: float | None = None,
         token_rule: TokenRule | None = None,
         divergence: str | None = None,
         divergence_kwargs: Mapping[str, float] | None = None,
+        coef: float | None = None,
     ):
         check_combination(direction, estimator, placement)
         self.divergence = divergence
@@ -85,6 +91,13 @@ class KLPenalty:
         check_divergence(divergence, self.divergence_kwargs, direction, estimator)
         if clip is not None and not 0 < clip < float("inf"):
             raise ValueError(f"KLPenalty: clip must be a finite number of nats above 0, got {clip!r}")
+        if coef is not None:
+            if controller is not DEFAULT:
+                raise ValueError(
+                    f"KLPenalty: coef={coef!r} and controller={controller!r} both set the coefficient: give coef where "
+                    "it is constant, else the controller alone, which takes it as its start"
+                )
+            controller = FixedKL(coef)
         warn_of(direction, estimator, placement, divergence)
         check_controller(controller, "KLPenalty")
         if token_rule is not None and not callable(token_rule):
@@ -98,6 +111,15 @@ class KLPenalty:
         self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
         self._losses_called, self._warned_no_loss = False, False
         self._warned_nonfinite = self._seen_apart = False
+
+    @one_line
+    def __repr__(self) -> str:
+        kwargs = "".join(f", {key}={value:g}" for key, value in self.divergence_kwargs.items())
+        more = {"clip": self.clip, "token_rule": getattr(self.token_rule, "__name__", self.token_rule)}
+        return ", ".join([
+            f"{self._name}{kwargs}", f"{self.estimator} in {self.placement}", repr(self.controller),
+            *(f"{key}={value}" for key, value in more.items() if value is not None), repr(self.reference),
+        ])  # fmt: skip
 
     @property
     def coef(self) -> float:
@@ -126,7 +148,7 @@ class KLPenalty:
 
         Raises ValueError for shapes that do not belong together, and for negative ids (labels with -100).
         """
-        _check_measured(logits, input_ids, attention_mask, mask)
+        check_measured(logits, input_ids, attention_mask, mask)
         check_temperature(temperature)
         # Only tokens that a real token predicts: not the first of a text, whatever is padded before it.
         real = attention_mask.to(mask.device) != 0
@@ -162,7 +184,7 @@ class KLPenalty:
         if self.divergence is not None:
             scores.divergence = dense_divergence(logits, ref_logits, self.divergence, **self.divergence_kwargs)
         infinite = mask & ~self._exact_of(scores).detach().isfinite()
-        return scores, _one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
+        return scores, find_one_sided(logits[infinite], ref_logits[infinite]) if bool(infinite.any()) else ()
 
     def _reference_logits(
         self, reference: Reference, logits: Tensor, input_ids: Tensor, attention_mask: Tensor
@@ -221,7 +243,7 @@ class KLPenalty:
         one_sided: tuple[int, ...] = ()
         if len(infinite) and head.shard is None:
             with torch.no_grad():
-                one_sided = _one_sided(head.logits(flat_hidden[infinite]), ref_head.logits(flat_ref[infinite]))
+                one_sided = find_one_sided(head.logits(flat_hidden[infinite]), ref_head.logits(flat_ref[infinite]))
         scores = TokenScores(**{name: scatter_masked(t, mask) for name, t in flat.items()})
         return self.measure_scores(
             scores, mask, token_ids=token_ids, behaviour_logp=behaviour_logp, one_sided_ids=one_sided
@@ -471,25 +493,3 @@ class KLPenalty:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.controller.load_state_dict(state)
-
-
-def _check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
-    """Raise ValueError, naming the convention, unless logits are [B, T, V] and the others [B, T]."""
-    shape = input_ids.shape
-    if input_ids.dim() != 2 or logits.shape[:-1] != shape or attention_mask.shape != shape or mask.shape != shape:
-        raise ValueError(
-            "KLPenalty.measure: expected logits [B, T, V] of whole sequences, prompt and completion, not shifted, and "
-            f"input_ids, attention_mask and mask [B, T] (mask True on generated tokens); got logits "
-            f"{list(logits.shape)}, input_ids {list(shape)}, attention_mask {list(attention_mask.shape)}, mask "
-            f"{list(mask.shape)}"
-        )
-    if input_ids.numel() and int(input_ids.min()) < 0:
-        raise ValueError(
-            f"KLPenalty.measure: input_ids has {int(input_ids.min())}: pass the ids, not labels, and say in `mask` "
-            "which tokens count"
-        )
-
-
-def _one_sided(logits: Float[Tensor, "N V"], ref_logits: Float[Tensor, "N V"]) -> tuple[int, ...]:
-    """Ids that only one of the models suppresses."""
-    return tuple(((logits == -torch.inf) != (ref_logits == -torch.inf)).any(0).nonzero().flatten().tolist())

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from klft.scores import TokenScores
+from klft.writing import one_line
 
 TokenRule = Callable[[Tensor | None, Tensor, TokenScores], Tensor]
 """(token_ids, mask, scores), [*B] each -> weight [*B], >= 0: how much each token counts."""
@@ -28,6 +30,22 @@ class TokenKL:
     weight: Float[Tensor, "*B"] | None = None  # of each token's KL, in rewards, losses, metrics; None: 1
     one_sided_ids: tuple[int, ...] = ()  # where a KL is infinite: ids that only one of the models suppresses
     parts: tuple[tuple[float, TokenScores], ...] = ()  # of several references: weight and scores of each
+
+    @one_line
+    @torch.no_grad()
+    def __repr__(self) -> str:
+        scores, logp = self.scores, self.scores.logp
+        said = f"{list(logp.shape)}, {logp.dtype}, {logp.device}"
+        if logp.is_meta or isinstance(logp, DTensor):  # no value is at hand
+            return said
+        values = {name: t for name, t in scores.items() if name in ("reverse_kl", "forward_kl", "divergence")}
+        if not values and scores.ref_logp is not None:
+            values["k1"] = logp - scores.ref_logp
+        weight = torch.where(self.counted, self.weights, 0.0)
+        sums = [weight.sum(), *(torch.where(self.counted, t * weight, 0.0).sum() for t in values.values())]
+        tokens, total, *nats = torch.stack([self.counted.sum(), *sums]).float().tolist()  # a GPU is waited for once
+        means = [f"{name} {x / total:.4g}" for name, x in zip(values, nats, strict=True) if total]
+        return f"{said}, {tokens:.0f} of {logp.numel()} tokens count, mean nats: {', '.join(means) or 'none'}"
 
     def each(self) -> "list[tuple[float, TokenKL]]":
         """(weight, KL) of each reference; of one alone, this with weight 1."""

@@ -77,6 +77,9 @@ class AdapterReference(ModelReference):
                     "base model a second time and pass it as the reference."
                 )
 
+    def _settings(self) -> dict[str, Any]:
+        return {"adapter": self.adapter}
+
     @property
     def name(self) -> str:
         """The base model's name, and which adapter is on."""

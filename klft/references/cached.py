@@ -24,7 +24,7 @@ from torch import Tensor
 from klft.heads import LMHead
 from klft.models import tokenizer_hash
 from klft.references.protocol import Reference
-from klft.writing import atomic_write, check_unused
+from klft.writing import atomic_write, check_unused, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,6 +115,10 @@ class CachedReference(Reference):
         with atomic_write(folder / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode())
         return cls(folder, tokenizer)
+
+    @one_line
+    def __repr__(self) -> str:
+        return f"{self._index['name']!r} in {str(self.path)!r}, {len(self._shard_of)} texts, {self._head!r}"
 
     @property
     def name(self) -> str:

@@ -60,6 +60,9 @@ class EMAReference(FrozenReference):
         if self._swaps and not self._kept:
             raise ValueError("EMAReference: no weight of this PEFT model is trained, so there is nothing to follow")
 
+    def _settings(self) -> dict[str, Any]:
+        return {"decay": self.decay, "every": self.every, "steps": self.steps}
+
     @property
     def name(self) -> str:
         """The model's name, and how it follows."""

@@ -27,6 +27,7 @@ from klft.models import (
     vocab_size,
 )
 from klft.parallel import Placement, reshard
+from klft.writing import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,19 @@ class ModelReference:
         require_causal_lm(model, "reference")
         self.model = model
         self._padding_checked = False
+
+    @one_line
+    def __repr__(self) -> str:
+        base, parameters = base_of(self.model), [*self.model.parameters()]
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 keeps empty ones
+        named = f" {base.config._name_or_path!r}" if base.config._name_or_path else ""
+        kinds = "/".join(dict.fromkeys(str(p.dtype) for p in parameters))
+        own = [f"{key}={value!r}" for key, value in self._settings().items()]
+        return ", ".join([f"{type(base).__name__}{named}", f"{size:,} parameters", kinds, str(self._device), *own])
+
+    def _settings(self) -> dict[str, Any]:
+        """What its repr says beside the model."""
+        return {}
 
     @property
     def name(self) -> str:
@@ -169,6 +183,9 @@ class FrozenReference(ModelReference):
         super().__init__(model)
         model.eval().requires_grad_(False)
         self.placement = Placement(model, placement)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"placement": self.placement.kind}
 
     @property
     def _device(self) -> torch.device:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from klft.references.protocol import Reference, parts_of, resolve_reference
+from klft.writing import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,10 @@ class MixtureReference(Reference):
             self.parts += [(weight * w, each) for w, each in parts_of(reference)]
         if not self.parts:
             raise ValueError("MixtureReference: there is no part: give at least one (weight, reference)")
+
+    @one_line
+    def __repr__(self) -> str:
+        return " + ".join(f"{weight:g} * {each!r}" for weight, each in self.parts)
 
     @property
     def name(self) -> str:

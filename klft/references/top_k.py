@@ -22,6 +22,7 @@ from klft.heads import LMHead
 from klft.masked import check_ids, scatter_masked, token_logps
 from klft.references.protocol import Reference
 from klft.scores import TokenScores
+from klft.writing import one_line
 
 CHUNK = 128  # tokens whose rows of the head are gathered at a time
 
@@ -74,6 +75,10 @@ class TopKReference(Reference):
         }.items():
             if bool(places.any()):
                 raise ValueError(f"TopKReference: {problem} at [sample, position] {places.nonzero()[0].tolist()}")
+
+    @one_line
+    def __repr__(self) -> str:
+        return f"ids {list(self.ids.shape)}, {self.logps.dtype}, {self.logps.device}"
 
     @property
     def vocab_size(self) -> int:
