@@ -23,6 +23,7 @@ from klft._version import __version__
 from klft.diagnostics.stats import SEQUENCE, Statistics, scalars
 from klft.diagnostics.vocabulary import token_classes, token_texts
 from klft.models import tokenizer_hash
+from klft.penalty import TokenKL
 from klft.scores import TokenScores
 from klft.writing import atomic_write
 
@@ -331,9 +332,9 @@ class TokenKLLog:
 
     def add(
         self,
-        scores: TokenScores,
-        token_ids: Tensor,
-        mask: Tensor,
+        scores: TokenScores | TokenKL,
+        token_ids: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         step: int = 0,
         sample_ids: Tensor | Sequence[int] | None = None,
@@ -345,8 +346,23 @@ class TokenKLLog:
     ) -> None:
         """Take the whole sequences of a batch; shapes as in `records_table`.
 
+        `log.add(kl, step=step)` takes what KLPenalty.measure gave: its scores, token ids, mask and weights. With
+        `mask=attention_mask` the rest of each text is shown as well, as its prompt, in no statistic.
         Without `sample_ids` the sequences are counted through from batch to batch of a step.
+        Raises ValueError where token_ids or mask are neither given nor in a TokenKL.
         """
+        if isinstance(scores, TokenKL):
+            kl, scores = scores, scores.scores
+            if mask is not None:  # more than what counts
+                scored, is_prompt = kl.mask if scored is None else scored, ~kl.mask if is_prompt is None else is_prompt
+            mask = kl.mask if mask is None else mask
+            token_ids = kl.token_ids if token_ids is None else token_ids
+            weights = kl.weight if weights is None else weights
+        if token_ids is None or mask is None:
+            raise ValueError(
+                "TokenKLLog.add: token_ids and mask [B, T] are missing: pass them with the scores, or the TokenKL that "
+                "KLPenalty.measure gives, which has both (measure_scores: where it was given token_ids)"
+            )
         step = int(step)
         if step != self._step:
             self.close()
