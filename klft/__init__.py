@@ -16,6 +16,7 @@ from klft._version import __version__ as __version__
 if TYPE_CHECKING:
     from klft.checks import check_setup
     from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
+    from klft.diagnostics import TokenKLCallback, TokenKLLog, write_report
     from klft.diagnostics.comparison import Comparison, compare
     from klft.divergences import (
         alpha_divergence,
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from klft.estimators import estimate_kl, forward_k1, forward_k3, k1, k2, k3, top_k_kl
     from klft.fused import fused_token_loss, linear_divergence, token_scores
     from klft.heads import LMHead
+    from klft.integrations import KLAnchorMixin, KLReward
     from klft.masked import masked_mean, masked_sum, masked_var, masked_whiten, token_logps
     from klft.models import causal_inputs, hidden_states
-    from klft.penalty import KLPenalty
+    from klft.penalty import KLPenalty, TokenKL
     from klft.ppo import PPOConfig, PPOTrainer
     from klft.references import (
         AdapterReference,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         EMAReference,
         FrozenReference,
         MixtureReference,
+        Reference,
         TopKReference,
         resolve_reference,
     )
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "klft.checks": ("check_setup",),
     "klft.controllers": ("AdaptiveKL", "FixedKL", "PIController", "ScheduledKL", "TargetKL"),
+    "klft.diagnostics": ("TokenKLCallback", "TokenKLLog", "write_report"),
     "klft.diagnostics.comparison": ("Comparison", "compare"),
     "klft.divergences": (
         "alpha_divergence", "entropy", "forward_kl", "jsd", "renyi_divergence", "reverse_kl", "skew_kl",
@@ -58,36 +62,41 @@ _NAMES = {
     "klft.estimators": ("estimate_kl", "forward_k1", "forward_k3", "k1", "k2", "k3", "top_k_kl"),
     "klft.fused": ("fused_token_loss", "linear_divergence", "token_scores"),
     "klft.heads": ("LMHead",),
+    "klft.integrations": ("KLAnchorMixin", "KLReward"),
     "klft.masked": ("masked_mean", "masked_sum", "masked_var", "masked_whiten", "token_logps"),
     "klft.models": ("causal_inputs", "hidden_states"),
-    "klft.penalty": ("KLPenalty",),
+    "klft.penalty": ("KLPenalty", "TokenKL"),
     "klft.ppo": ("PPOConfig", "PPOTrainer"),
     "klft.references": (
-        "AdapterReference", "CachedReference", "EMAReference", "FrozenReference", "MixtureReference", "TopKReference",
-        "resolve_reference",
+        "AdapterReference", "CachedReference", "EMAReference", "FrozenReference", "MixtureReference", "Reference",
+        "TopKReference", "resolve_reference",
     ),
     "klft.scores": ("TokenScores", "kl_metrics", "score_logits"),
     "klft.shaping": ("shape_rewards",),
     "klft.sharding": ("VocabShard",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = (*dict.fromkeys(module.split(".")[1] for module in _NAMES), "plots", "scoring", "token_rules")
 
 __all__ = [
     "AdapterReference", "AdaptiveKL", "CachedReference", "Comparison", "EMAReference", "FixedKL", "FrozenReference",
-    "KLPenalty", "LMHead", "MixtureReference", "PIController", "PPOConfig", "PPOTrainer", "ScheduledKL", "TargetKL",
-    "TokenScores", "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "compare",
-    "entropy", "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd",
-    "k1", "k2", "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
+    "KLAnchorMixin", "KLPenalty", "KLReward", "LMHead", "MixtureReference", "PIController", "PPOConfig", "PPOTrainer",
+    "Reference", "ScheduledKL", "TargetKL", "TokenKL", "TokenKLCallback", "TokenKLLog", "TokenScores",
+    "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "compare", "entropy",
+    "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd", "k1", "k2",
+    "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
     "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits", "shape_rewards", "skew_kl",
-    "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl",
+    "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl", "write_report",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return import_module(f"klft.{name}")
     raise AttributeError(f"module 'klft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES} - {"Any", "TYPE_CHECKING", "import_module"})

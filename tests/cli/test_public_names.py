@@ -2,6 +2,10 @@
 
 import dataclasses
 import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,11 +114,43 @@ def test_no_public_argument_is_any_or_without_a_type():
         for name, function in public_callables()
         for parameter in inspect.signature(function).parameters.values()
         if parameter.name not in ("self", "cls")
-        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # a base class's
         and (parameter.annotation is EMPTY or parameter.annotation in (Any, "Any"))
     ]
     assert untyped == []
     assert len(list(public_callables())) > 60
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_what_the_readme_names_is_at_the_top():
+    """Each `klft.a.b` is there after `import klft` alone; what a package offers and the README names needs no path."""
+    dotted = set(re.findall(r"\bklft\.([a-z_]\w*(?:\.\w+)*|[A-Z]\w*(?:\.\w+)?)", README)) - {"html"}
+    assert len(dotted) > 10
+    for path in dotted:
+        found: Any = klft
+        for part in path.split("."):
+            found = getattr(found, part)
+    packages = (klft.diagnostics, klft.integrations, klft.penalty, klft.ppo, klft.references)
+    classes = {name for package in packages for name in package.__all__ if name[0].isupper() and not name.isupper()}
+    named = {
+        word for code in re.findall(r"`[^`]+`|^```.*?^```", README, re.M | re.S) for word in re.findall(r"\w+", code)
+    }
+    assert {"KLPenalty", "KLReward", "TokenKLLog"} <= named & classes
+    assert named & classes - set(klft.__all__) == set()
+
+
+def test_dir_lists_all_that_can_be_had_and_nothing_else():
+    assert {*klft.__all__, "__version__", "diagnostics", "integrations", "plots", "token_rules"} <= set(dir(klft))
+    assert [name for name in dir(klft) if not name.startswith("_") and not hasattr(klft, name)] == []
+    own = {path.stem for path in Path(klft.__file__).parent.iterdir()}
+    assert [name for name in dir(klft) if name[0] != "_" and name not in own | set(klft.__all__)] == []
+
+
+def test_a_module_is_there_without_an_import_of_its_own():
+    code = "import sys, klft; klft.token_rules.burn_in(2); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_every_field_of_ones_own_has_a_validator():
