@@ -5,6 +5,26 @@ loss with the right gradient. All values in nats, one per token. Arguments come 
 
 Shapes: B batch, T tokens, N = B*T flattened, V vocabulary, D hidden.
 
+Arguments that mean the same wherever they stand:
+
+    model, policy; reference    what is trained; what it must stay close to
+    tokenizer                   of both
+    logits, ref_logits          [*, V] of policy and reference: what predicts the token that is asked for
+    logp, ref_logp              [*] log-probabilities of one token each under them
+    hidden, ref_hidden          [N, D], [N, E] hidden states that their heads read
+    head, ref_head              LMHead, or a linear layer
+    input_ids, token_ids        ids of whole texts [B, T]; of the tokens that are scored [*]
+    attention_mask              [B, T], 1 on a real token, 0 on padding
+    mask                        [*], True or 1 where a token counts
+    scores                      TokenScores
+    kl                          TokenKL, as KLPenalty.measure gives it
+    direction                   "reverse": KL(p||q), or "forward": KL(q||p)
+    behaviour_logp              [*] log-probabilities under the policy that sampled, where that is not the one scored
+    temperature                 divides both models' logits
+    weight                      [*] of each token's KL
+    reduce                      a function that sums a tensor over processes
+    device; state               where to move; what state_dict gave
+
 `import klft` loads nothing heavy; each name loads what it needs on first use.
 """
 

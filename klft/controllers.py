@@ -30,6 +30,12 @@ class Controller:
     coef: float
 
     def update(self, sequence_kl: float, episodes: int) -> float:
+        """Learn from a batch; the new coefficient. Raises ValueError for a KL that is not finite.
+
+        Args:
+            sequence_kl: mean over its episodes of the KL summed over each, in nats.
+            episodes: how many completions those are, over all processes.
+        """
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -59,7 +65,7 @@ def check_controller(controller: Any, where: str) -> None:
 
 
 class FixedKL(Controller):
-    """A constant coefficient, >= 0."""
+    """A constant coefficient: coef >= 0."""
 
     def __init__(self, coef: float):
         if isinstance(coef, bool) or not isinstance(coef, (int, float)) or not 0 <= coef < math.inf:
@@ -77,7 +83,13 @@ class FixedKL(Controller):
 
 
 class AdaptiveKL(Controller):
-    """coef *= 1 + clip(KL/target - 1, -0.2, 0.2) * episodes/horizon. Source: Ziegler et al. 2019, arXiv 1909.08593."""
+    """coef *= 1 + clip(KL/target - 1, -0.2, 0.2) * episodes/horizon. Source: Ziegler et al. 2019, arXiv 1909.08593.
+
+    Args:
+        coef: where it starts, above 0.
+        target: the KL to aim at, in nats per sequence.
+        horizon: episodes that it takes to react: more is slower. Above 0.2 * episodes of an update.
+    """
 
     def __init__(self, coef: float, target: float, horizon: int):
         _positive("AdaptiveKL", coef=coef, target=target, horizon=horizon)
@@ -92,7 +104,11 @@ class AdaptiveKL(Controller):
 
 
 class ScheduledKL(Controller):
-    """From `start` to `end` over `episodes` episodes, on a straight line or half a cosine; then constant at `end`."""
+    """From `start` to `end` over `episodes` episodes, then constant at `end`.
+
+    `shape` of the way: "linear", or half a "cosine".
+    Raises ValueError for another shape, coefficients below 0 and no episodes.
+    """
 
     _state = ("coef", "seen")
 
@@ -120,6 +136,11 @@ class PIController(Controller):
 
     Working on the logarithm keeps the coefficient positive and makes the gains independent of its size; clipping the
     error bounds what one bad batch adds to the integral. After PID Lagrangian methods, Stooke et al., arXiv 2007.03964.
+
+    Args:
+        coef: coef_0, above 0.
+        target: nats per sequence.
+        kp, ki: how much the error of this batch counts, and that of all so far.
     """
 
     _state = ("coef", "integral")
@@ -139,8 +160,9 @@ class PIController(Controller):
 
 
 class TargetKL(Controller):
-    """Doubles the coefficient above target * tolerance, halves it below target / tolerance, else leaves it.
+    """coef *= factor where the KL is above target * tolerance, coef /= factor below target / tolerance, else unchanged.
 
+    `target` is in nats per sequence, tolerance >= 1, factor > 1 (2: doubled and halved).
     The rule of the PPO paper, arXiv 1707.06347 section 4, with the reference in the place of the old policy.
     """
 

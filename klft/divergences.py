@@ -322,6 +322,10 @@ def reverse_kl(logits: Float[Tensor, "*B V"], ref_logits: Float[Tensor, "*B V"])
 
     Nats, >= 0, exactly 0 for equal logits, +inf where the policy has mass and the reference none.
     Gradient in the logits: p_v (log(p_v/q_v) - KL).
+
+    Example:
+        kl = reverse_kl(logits, ref_logits)  # [B, T, V] x [B, T, V] -> [B, T]
+        print(kl.mean(), "nats per token")
     """
     return divergence(logits, ref_logits, "reverse_kl")
 

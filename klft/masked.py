@@ -60,7 +60,7 @@ def masked_mean(
 
 
 def masked_var(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -> Float[Tensor, ""]:
-    """Variance (divided by the count, not count - 1) where mask holds, over all processes. 0 for one token or none."""
+    """Variance of x where mask holds, over all processes; divided by the count, not count - 1. 0 for a single token."""
     mask = as_mask(mask)
     x = torch.where(mask, x, 0.0)  # what is masked must not reach the arithmetic: a NaN would come back as a gradient
     # Two passes: a sum of squares minus a squared mean cancels in fp32.

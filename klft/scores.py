@@ -38,7 +38,7 @@ class TokenScores:
     top_ids: Int[Tensor, "*B K"] | None = None  # the policy's likeliest tokens, best first
     top_p: Float[Tensor, "*B K"] | None = None  # their probabilities
     ref_top_ids: Int[Tensor, "*B K"] | None = None  # the reference's
-    ref_top_p: Float[Tensor, "*B K"] | None = None
+    ref_top_p: Float[Tensor, "*B K"] | None = None  # with these probabilities
     divergence: Float[Tensor, "*B"] | None = None  # of another kind than the two KLs, where a penalty has one
     sampled: Bool[Tensor, "*B"] | None = None  # whether the policy sampled the token, as k1, k2, k3 assume; None: all
 

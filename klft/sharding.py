@@ -95,7 +95,7 @@ class VocabShard:
 
     @classmethod
     def from_accelerator(cls, vocab_size: int, accelerator: HasDeviceMesh) -> "VocabShard":
-        """Over the tensor-parallel group if `accelerate.Accelerator` has one, otherwise over the data-parallel one."""
+        """Over the accelerator's tensor-parallel group if it has one, otherwise over the data-parallel one."""
         mesh = accelerator.torch_device_mesh
         if mesh is not None and "tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1:
             return cls.from_mesh(vocab_size, mesh["tp"])
@@ -112,7 +112,7 @@ class VocabShard:
         return dist.get_rank(self.group) if dist.is_initialized() else 0
 
     def all_gather(self, t: Tensor) -> Tensor:
-        """All-gather: [*] -> [W, *], in rank order; all ranks' tensors have one shape."""
+        """All-gather: t [*] -> [W, *], in rank order; all ranks' tensors have one shape."""
         if self.world == 1:
             return t.unsqueeze(0)
         gathered = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.world)]
@@ -120,13 +120,13 @@ class VocabShard:
         return torch.stack(gathered)
 
     def all_reduce_(self, t: Tensor) -> Tensor:
-        """All-reduce (sum), in place."""
+        """All-reduce (sum) of t, in place."""
         if self.world > 1:
             dist.all_reduce(t, group=self.group)
         return t
 
     def reduce_scatter(self, t: Tensor) -> Tensor:
-        """Reduce-scatter (sum): [W * n, D] -> this rank's [n, D]."""
+        """Reduce-scatter (sum): t [W * n, D] -> this rank's [n, D]."""
         if self.world == 1:
             return t
         local = torch.empty_like(t[: len(t) // self.world])

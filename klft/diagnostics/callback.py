@@ -66,6 +66,8 @@ class TokenKLCallback(TrainerCallback):
             {"prompt", "completion"} (and what else `encode_texts` takes as a dictionary), which are scored as they are.
             A dictionary may have `tools` and `chat_template_kwargs`; those of the training's arguments hold for all.
         max_length: of a probe, in tokens. A prompt that the policy continues keeps its end, a completion its beginning.
+        max_new_tokens: that a prompt is continued by, at most.
+        batch_size: probes at a time; top_k: likeliest tokens of both models to keep.
         trainer: the numbers go through `Trainer.log`. Without, they go to state.log_history, and into the next logs for
             callbacks that were added after this one: trackers do not see them.
         output_dir: instead of the trainer's own; and prefix: in front of the scalars' names. Both are for trainers that

@@ -295,12 +295,17 @@ def records_table(
 class TokenKLLog:
     """The table of a training loop: `folder/kl/tokens_{step:06d}-r{rank}.parquet`, one file per step and process.
 
-        with TokenKLLog("run", tokenizer, model="policy", reference="base", temperature=1.0) as log:
-            log.add(scores, token_ids, mask, step=step)
+    Example:
+        penalty = KLPenalty(ref_model)
+        with TokenKLLog("run", tokenizer, model="policy", reference="base") as log:
+            logits = model(input_ids, attention_mask).logits
+            log.add(penalty.measure(logits, input_ids, attention_mask, completion_mask), step=1)
+            print(log.scalars())
+        write_report("run", "run/report.html")
 
-    `common`: model, reference, temperature, as in Metadata. A file is written, atomically, when the step changes and at
-    `close`; a step without a token leaves none. A file of the same step from an earlier run, of which this one is the
-    continuation, is replaced.
+    `model`, `reference`, `temperature`, `total_sequences` (where only some are added): see Metadata. A file is written,
+    atomically, when the step changes and at `close`; a step without a token leaves none. A file of the same step from
+    an earlier run, of which this one is the continuation, is replaced.
     Raises ValueError where the folder already holds tables of other models, another temperature or tokenizer, and for a
     step that this log has already written.
     """
@@ -344,10 +349,10 @@ class TokenKLLog:
         advantages: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> None:
-        """Take the whole sequences of a batch; shapes as in `records_table`.
+        """Take the whole sequences of a batch; shapes of all, of `rewards` and `advantages` too, as in `records_table`.
 
         `log.add(kl, step=step)` takes what KLPenalty.measure gave: its scores, token ids, mask and weights. With
-        `mask=attention_mask` the rest of each text is shown as well, as its prompt, in no statistic.
+        `mask=attention_mask` the rest of each text is shown as well, as its prompt (`is_prompt`), in no statistic.
         Without `sample_ids` the sequences are counted through from batch to batch of a step.
         Raises ValueError where token_ids or mask are neither given nor in a TokenKL.
         """

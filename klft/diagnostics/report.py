@@ -49,6 +49,7 @@ def write_report(
     `source` is what `read_records` takes, or a table and its metadata. At most `sequences` sequences are shown in full,
     half of them those with the largest summed reverse KL (forward where there is none), the rest drawn with `seed`, and
     of each at most `tokens` tokens; the page says how many there were. Every statistic is over the whole table.
+    `title` stands at its head.
     Raises ValueError for a table without rows, for fewer than 0 sequences or 1 token, and where `path` is a folder.
     """
     path = Path(path)

@@ -200,6 +200,11 @@ def token_scores(
 ) -> TokenScores:
     """Everything klft reports about a token, [N] each, in nats, in one pass over both heads: two matrix products.
 
+    Example:
+        head, ref_head = LMHead.from_model(model), LMHead.from_model(ref_model)
+        s = token_scores(hidden, head, token_ids, ref_hidden, ref_head)  # hidden[i] predicts token_ids[i]
+        print(s, s.reverse_kl.mean(), s.entropy.mean(), s.top1_agree.float().mean())
+
     Differentiable in hidden, head.weight and head.bias (logp, entropy, both KLs). Without a reference only logp,
     entropy (and top_ids, top_p) are there. With `top_k` both models' k most likely tokens and their probabilities.
     Raises ValueError for shapes, vocabularies, ids or temperatures that cannot be right.
@@ -234,8 +239,9 @@ def linear_divergence(
     backend: str = "auto",
     **params: float,
 ) -> Float[Tensor, "N"]:
-    """Any divergence of klft.divergences (by its function's name, with its parameters) from hidden states, in nats.
+    """Any divergence of klft.divergences (by its function's name, with its `params`) from hidden states, in nats.
 
+    `backend`: "auto" is "triton" on a GPU where it is installed, else "torch".
     Equal to the dense function on head.logits(hidden) / temperature, and so is the gradient.
     Raises ValueError for an unknown name or a parameter that the dense function refuses, TypeError for one it has not.
     """
@@ -264,6 +270,14 @@ def fused_token_loss(
     per_token: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
     """A loss over tokens, taken chunk by chunk, with its gradient made inside the forward: four matrix products.
+
+    Example:
+        head, ref_head = LMHead.from_model(model), LMHead.from_model(ref_model)
+        loss = fused_token_loss(
+            lambda s, advantage: (0.05 * s.reverse_kl - s.logp * advantage).sum(),
+            hidden, head, token_ids, ref_hidden, ref_head, per_token=(advantages,),
+        )
+        loss.backward()
 
     Args:
         loss_fn: `loss_fn(scores, *per_token_chunks)` -> the *sum* over a chunk's tokens, a scalar. `scores` has logp,

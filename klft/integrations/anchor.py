@@ -1,11 +1,6 @@
 """KLAnchorMixin: a KL penalty in the loss of somebody else's trainer.
 
-    class AnchoredSFT(KLAnchorMixin, SFTTrainer): ...     # tokens: labels other than -100; so in transformers.Trainer
-    class AnchoredGRPO(KLAnchorMixin, GRPOTrainer): ...   # tokens: completion_mask * tool_mask
-
-    penalty = KLPenalty(ref_model, direction="forward", estimator="exact", placement="loss", controller=FixedKL(0.1))
-    trainer = AnchoredSFT(model, args=..., train_dataset=..., penalty=penalty)
-
+Tokens count whose label is not -100 (SFTTrainer, transformers.Trainer), or completion_mask * tool_mask (GRPOTrainer).
 One forward of the policy: a hook on its backbone keeps the hidden states that the trainer's own loss is computed from;
 the reference is called with the very same arguments; the KL is taken from both without logits, divided as this trainer
 divides its loss, and added to it. With a coefficient of 0 training is bit for bit what it was, and the KL is measured.
@@ -51,6 +46,14 @@ _CHARGED = "klft_charged"  # in a batch whose advantages hold the KL of later to
 
 class KLAnchorMixin(_Base):
     """Adds coef * KL per token to a trainer's loss, and `kl/...` to its logs. Put it before the trainer class.
+
+    Example:
+        from trl import SFTTrainer
+        class AnchoredSFT(KLAnchorMixin, SFTTrainer): ...
+
+        penalty = KLPenalty(ref_model, coef=0.1, direction="forward", estimator="exact", placement="loss")
+        args = SFTConfig("out", max_steps=2)
+        AnchoredSFT(model, args=args, train_dataset=texts, processing_class=tokenizer, penalty=penalty).train()
 
     Args:
         penalty: a KLPenalty; or, where the trainer itself makes the policy (from a name, with a peft_config), a

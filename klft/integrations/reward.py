@@ -1,10 +1,5 @@
 """KLReward: the KL to a reference as a reward function, for TRL's RLOOTrainer.
 
-    kl = KLReward(reference, coef=0.05)
-    trainer = RLOOTrainer(model, reward_funcs=[reward, kl], args=RLOOConfig(beta=0.0, ...), ...)
-    kl.bind(trainer)
-    trainer.train()
-
 And for GRPOTrainer where it does not divide rewards by their standard deviation.
 """
 
@@ -37,6 +32,14 @@ if TYPE_CHECKING:
 
 class KLReward:
     """Reward of a completion: -coef * the sum over its tokens of their KL, in nats, detached.
+
+    Example:
+        from trl import RLOOConfig, RLOOTrainer
+        kl = KLReward(ref_model, coef=0.05)
+        args = RLOOConfig("out", beta=0.0, max_steps=1, num_generations=4, max_completion_length=6, bf16=False)
+        trainer = RLOOTrainer(model, [reward, kl], args, train_dataset=prompts, processing_class=tokenizer)
+        kl.bind(trainer)
+        trainer.train()
 
     With k1 and RLOOTrainer(beta=0) it trains as RLOOTrainer(beta=coef) does, and adds what beta has not: a controller,
     a token rule, a reference of any kind, exact KL, metrics. It costs a second scoring pass of the policy per rollout,

@@ -1,17 +1,4 @@
-"""KLPenalty: a reference, an estimator of the KL, a coefficient and a placement, as one object.
-
-For a training loop of your own, from logits:
-
-    penalty = KLPenalty(FrozenReference(ref_model), controller=AdaptiveKL(0.05, target=6.0, horizon=10_000))
-    kl = penalty.measure(model(**batch).logits, batch["input_ids"], batch["attention_mask"], completion_mask)
-    rewards = penalty.rewards(scores, kl)                    # [B, T], detached: score - coef * KL
-    loss = policy_loss + masked_mean(penalty.losses(kl), kl.mask)   # 0 where nothing belongs in the loss
-    penalty.update(kl)                                       # the controller sees nats per sequence
-
-Without logits: `measure_hidden` in the place of `measure`, and inside fused_token_loss
-
-    loss_fn = lambda s, advantages: (-s.logp * advantages + penalty.token_losses(s)).sum()
-"""
+"""KLPenalty: a reference, an estimator of the KL, a coefficient and a placement, as one object."""
 
 import logging
 from collections.abc import Mapping
@@ -50,6 +37,15 @@ DEFAULT = FixedKL(0.05)  # the controller where none is given; it never changes
 
 class KLPenalty:
     """A KL penalty against a frozen reference, for the reward, the loss, or both.
+
+    Example:
+        penalty = KLPenalty(ref_model, coef=0.05)
+        kl = penalty.measure(model(input_ids, attention_mask).logits, input_ids, attention_mask, completion_mask)
+        rewards = penalty.rewards(scores, kl)  # [B, T], detached: score - coef * KL
+        loss = masked_mean(penalty.losses(kl), kl.mask)  # to add to the policy's; 0 where the KL is in the reward alone
+        penalty.update(kl)  # the controller sees nats per sequence
+
+    Without logits: `measure_hidden` in the place of `measure`, `token_losses` inside fused_token_loss.
 
     Args:
         reference: a klft reference, or a causal LM, which is frozen.
@@ -280,6 +276,7 @@ class KLPenalty:
         """From scores that are there already. `weight` is multiplied with what the token_rule says.
 
         Against several references `parts` has each one's weight and scores, and `scores` is `mixed_scores(parts)`.
+        `one_sided_ids`: to be named where the KL is infinite.
 
         Raises ValueError for a rule whose weights have another shape, or are negative or not finite.
         """
@@ -399,7 +396,7 @@ class KLPenalty:
         return torch.where(kl.mask, following, 0.0)
 
     def rewards(self, scores: Float[Tensor, "B"], kl: TokenKL) -> Float[Tensor, "B T"]:
-        """One score per completion and the KL, as one detached reward per token. See shape_rewards."""
+        """scores [B], one per completion, and the KL, as one detached reward per token. See shape_rewards."""
         return shape_rewards(scores, self.reward_kl(kl), kl.mask, coef=self.coef)
 
     def losses(self, kl: TokenKL) -> Float[Tensor, "*B"]:

@@ -268,7 +268,10 @@ class PPOConfig(TrainingArguments):
         return self.steps_per_rollout * self.gradient_accumulation_steps
 
     def generation_config(self, eos_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
-        """Sampling settings: the fields here, then `generation_kwargs` over them."""
+        """Sampling settings: the fields here, then `generation_kwargs` over them.
+
+        A completion ends with one of `eos_token_ids`; `pad_token_id` follows it.
+        """
         extra = as_dict(self.generation_kwargs)
         own = {
             "max_new_tokens": self.max_completion_length,
@@ -282,7 +285,7 @@ class PPOConfig(TrainingArguments):
         return GenerationConfig(**(own | extra))
 
     def penalty(self, reference: Reference, token_rule: TokenRule | None = None) -> KLPenalty:
-        """The penalty against `reference` that the kl_* fields describe."""
+        """The penalty against `reference` that the kl_* fields describe; `token_rule` as KLPenalty's."""
         return KLPenalty(
             reference,
             direction=self.kl_direction,

@@ -36,13 +36,7 @@ from klft.ppo.cycle import Cycle
 from klft.ppo.guards import FollowPolicy, SaveOnSigterm, StopOnNonFiniteGradient, saving
 from klft.ppo.losses import policy_losses, value_losses
 from klft.ppo.metrics import Table, loss_metrics, rollout_metrics, with_logged
-from klft.ppo.rewards import (
-    RewardFunctions,
-    as_reward_functions,
-    reward_models,
-    reward_names,
-    reward_weights,
-)  # fmt: skip
+from klft.ppo.rewards import RewardFunctions, as_reward_functions, reward_models, reward_names, reward_weights
 from klft.ppo.rollout import Rollout, forward_with_values, reference_side
 from klft.ppo.state import Pending, PPOState
 from klft.references import Reference
@@ -60,6 +54,10 @@ Rows = list[dict[str, Any]]
 class PPOTrainer(Trainer):
     """Train a causal LM by PPO on reward minus a KL penalty against a frozen reference.
 
+    Example:
+        args = PPOConfig("out", kl_coef=0.05, max_completion_length=6, max_steps=1)
+        PPOTrainer(model, reward, args, train_dataset=prompts, processing_class=tokenizer).train()
+
     Args:
         model: a causal LM, a PEFT model, or a model id.
         reward_funcs: one or several of: a callable (TRL GRPO's signature), a sequence-classification model or its id.
@@ -68,6 +66,7 @@ class PPOTrainer(Trainer):
         reference: a model or a klft reference. Default: the adapter switched off (PEFT), else a frozen copy.
         value_model: a causal sequence-classification model with one output. Default: a linear head on the policy.
         token_rule: how much the KL of each token of a completion counts, see klft.token_rules. Default: all alike.
+        args: a PPOConfig; eval_dataset, processing_class, peft_config, callbacks, optimizers: as in TRL's trainers.
 
     Raises ValueError / TypeError for inputs that cannot work, before anything is trained.
     """

@@ -46,6 +46,7 @@ class AdapterReference(ModelReference):
     """The policy's own model with another adapter, or with none: no second copy of the base weights in memory.
 
     Args:
+        peft_model: the policy, as it is trained; it may be wrapped (DDP, DeepSpeed, torch.compile).
         adapter: the reference is the model with this adapter in place of the active one: one that is frozen, as
             `load_adapter(path, adapter_name="reference")` has it. Default: all adapters off, so that logits equal the
             base model's exactly.

@@ -47,6 +47,7 @@ class CachedReference(Reference):
     text. Hidden states keep their dtype and are mapped from disk, not loaded.
 
     Args:
+        path: the folder.
         tokenizer: if given, it must have the vocabulary of the one given to `write`.
 
     Raises ValueError for a folder that is not whole (the file is named), for another tokenizer, and in use for a text
@@ -76,7 +77,7 @@ class CachedReference(Reference):
         cls, path: str | PathLike, reference: Reference, batches: Iterable[tuple[Tensor, Tensor]],
         *, tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> "CachedReference":  # fmt: skip
-        """Fill a new folder with the reference's hidden states of (input_ids, attention_mask) [B, T] each.
+        """Fill the new folder `path` with hidden states of `batches`, (input_ids, attention_mask) [B, T] each.
 
         Equal texts are written once. Raises ValueError for a folder that is in use and for no batch, TypeError where
         the reference's head cannot be read.
@@ -154,7 +155,7 @@ class CachedReference(Reference):
         return self._read(input_ids, real, torch.zeros_like(real))[:, -keep:], self._head
 
     def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
-        """`hidden` of a backbone's arguments; in packed rows a text begins where position_ids are 0.
+        """`hidden` of a backbone's arguments, `inputs`; in packed rows a text begins where position_ids are 0.
 
         Raises ValueError where there is more than ids, a mask [B, T] and positions: images, embeddings, masks by pair.
         """

@@ -174,6 +174,10 @@ def hidden_and_head(model: nn.Module, inputs: dict[str, Any], keep: int) -> tupl
 class FrozenReference(ModelReference):
     """A separate model, frozen: eval mode, no parameter asks for a gradient. TypeError for anything but a causal LM.
 
+    Example:
+        reference = FrozenReference(ref_model)
+        ref_hidden, ref_head = reference.hidden(input_ids, attention_mask)  # [B, T, D] and its LMHead: no logits
+
     The model is changed in place (frozen); it may be of another dtype, device or architecture than the policy, as long
     as the vocabulary is the same. `placement`: replicated, sharded or offloaded, see klft.parallel.Placement; it takes
     effect with `to`, which trainers call.

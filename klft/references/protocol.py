@@ -60,7 +60,7 @@ class Reference(Protocol):
         raise TypeError(f"{type(self).__name__} has no hidden states of its own: ask KLPenalty.measure")
 
     def hidden_of(self, inputs: dict[str, Any]) -> tuple[Float[Tensor, "B T D"], LMHead]:
-        """(hidden states at all positions, head) of one forward of the backbone with these keyword arguments, as
+        """(hidden states at all positions, head) of one forward of the backbone with the keyword arguments `inputs`, as
         another model's backbone got them: input_ids, attention_mask or None, position_ids, what packing adds.
 
         Raises TypeError where the head cannot be read.
