@@ -6,7 +6,10 @@ were. A per-token mean makes targets of different completion lengths incomparabl
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
+
+Shape = Literal["linear", "cosine"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 
 def _positive(name: str, **values: float | int) -> None:
@@ -112,13 +115,13 @@ class ScheduledKL(Controller):
 
     _state = ("coef", "seen")
 
-    def __init__(self, start: float, end: float, episodes: int, shape: str = "linear"):
+    def __init__(self, start: float, end: float, episodes: int, shape: Shape = "linear"):
         for key, value in {"start": start, "end": end}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"ScheduledKL: {key} must be a finite number >= 0, got {value!r}")
         _positive("ScheduledKL", episodes=episodes)
-        if shape not in ("linear", "cosine"):
-            raise ValueError(f"ScheduledKL: unknown shape {shape!r}: choose one of linear, cosine")
+        if shape not in SHAPES:
+            raise ValueError(f"ScheduledKL: unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
         self.start, self.end, self.episodes, self.shape = float(start), float(end), episodes, shape
         self.coef, self.seen = self.start, 0
 

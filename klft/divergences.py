@@ -15,6 +15,7 @@ tokens accurate to 1e-4, where `sum p * (lp - lq)` has no correct digit and is o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,10 @@ from torch import Tensor
 # Logits handled at once. On a CPU the temporaries then stay in the cache, worth a factor of 2 to 4; elsewhere it
 # bounds them. See benchmarks/README.md.
 CPU_BLOCK, BLOCK = 1 << 17, 1 << 24
+
+OtherDivergence = Literal["jsd", "skew_kl", "skew_reverse_kl", "alpha_divergence", "renyi_divergence"]
+DivergenceName = Literal["reverse_kl", "forward_kl", OtherDivergence, "entropy"]
+"""The rows of DIVERGENCES, each by its function's name; OtherDivergence: those that are no KL."""
 
 
 def gap(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ Source: Schulman 2020, "Approximating KL divergence"; the gradients: arXiv 2506.
 
 import warnings
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,8 +25,11 @@ from torch import Tensor
 from klft.divergences import DIVERGENCES, gap, upcast
 from klft.masked import check_ids
 
-DIRECTIONS = ("reverse", "forward")
-GRADIENTS = ("none", "unbiased", "autograd")
+Direction = Literal["reverse", "forward"]
+Estimator = Literal["k1", "k2", "k3"]
+Gradient = Literal["none", "unbiased", "autograd"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
 def k1(logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
@@ -110,11 +114,11 @@ def estimate_kl(
     logp: Float[Tensor, "*B"],
     ref_logp: Float[Tensor, "*B"],
     *,
-    direction: str = "reverse",
-    estimator: str = "k1",
-    gradient: str = "none",
+    direction: Direction = "reverse",
+    estimator: Estimator = "k1",
+    gradient: Gradient = "none",
     behaviour_logp: Float[Tensor, "*B"] | None = None,
-    value: str | None = None,
+    value: Estimator | None = None,
 ) -> Float[Tensor, "*B"]:
     """A KL estimate per token whose value and whose gradient are chosen separately. Nats.
 
@@ -175,7 +179,7 @@ def top_k_kl(
     token_ids: Int[Tensor, "*B"],
     k: int,
     *,
-    direction: str = "reverse",
+    direction: Direction = "reverse",
     behaviour_logp: Float[Tensor, "*B"] | None = None,
 ) -> Float[Tensor, "*B"]:
     """KL, exact on the k tokens that weigh most (of p for reverse, of q for forward), plus a sampled tail. Nats, >= 0.
@@ -204,7 +208,7 @@ def top_k_kl(
 def support_kl(
     logps: Float[Tensor, "*B k"], ref_logps: Float[Tensor, "*B k"], inside: Bool[Tensor, "*B"],
     logp: Float[Tensor, "*B"], ref_logp: Float[Tensor, "*B"], *,
-    direction: str, behaviour_logp: Float[Tensor, "*B"] | None = None,
+    direction: Direction, behaviour_logp: Float[Tensor, "*B"] | None = None,
 ) -> Float[Tensor, "*B"]:  # fmt: skip
     """KL: the terms of k tokens, summed, plus the sampled token's over its probability where it is none of them.
 

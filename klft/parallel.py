@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import Trainer, TrainingArguments
 
-PLACEMENTS = ("replicated", "sharded", "offloaded")
+ModelPlacement = Literal["replicated", "sharded", "offloaded"]
+PLACEMENTS: tuple[ModelPlacement, ...] = get_args(ModelPlacement)
 _kept: WeakKeyDictionary[nn.Module, list[FSDPModule]] = WeakKeyDictionary()  # units that stay gathered after a forward
 
 

@@ -14,7 +14,7 @@ models run in eval mode without gradients and get their modes back.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOGITS_CHUNK = 256  # tokens whose logits are in fp32 at a time, where a model can only be scored from logits
-SHARDINGS = ("auto", "tp", "dp", "none")
+Sharding = Literal["auto", "tp", "dp", "none"]
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
 @dataclass

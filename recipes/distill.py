@@ -230,7 +230,7 @@ class Distillation:
                 head,
                 teacher_hidden,
                 teacher_head,
-                divergence=divergence,
+                divergence=divergence,  # pyright: ignore[reportArgumentType] - one of DIVERGENCES
                 temperature=settings.temperature,
             )
 

@@ -204,7 +204,7 @@ def fine_tune(
         # The whole difference. Exact KL over the vocabulary, of each token that the SFT loss counts.
         penalty = KLPenalty(
             FrozenReference(reference),
-            direction=direction,
+            direction=direction,  # pyright: ignore[reportArgumentType] - checked with the settings
             estimator="exact",
             placement="loss",
             controller=FixedKL(coef),

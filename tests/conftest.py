@@ -8,12 +8,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KLFT_TEST_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", os.environ["KLFT_TEST_THREADS"])  # of the processes that tests start, too
 
+import beartype
 import pytest
 import torch
 
 if os.environ.get("KLFT_TEST_DEVICE") != "cuda":  # trainers' tests on a card: CONTRIBUTING.md
     os.environ["ACCELERATE_USE_CPU"] = "true"
 pytest.register_assert_rewrite("support")
+from support.typechecks import any_text_for_names  # noqa: E402 - rewritten from here on
+
+beartype.beartype = any_text_for_names(beartype.beartype)  # which jaxtyping looks up when klft is imported
 torch.set_num_threads(int(os.environ["KLFT_TEST_THREADS"]))
 
 

@@ -22,13 +22,13 @@ of it under torch.set_num_threads(1).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from klft.divergences import find_divergence
+from klft.divergences import DivergenceName, find_divergence
 from klft.fused import torch_backend
 from klft.fused.collectives import Collectives
 from klft.fused.functions import DivergencePerToken, Scores, TokenLoss
@@ -39,10 +39,11 @@ from klft.heads import LMHead
 from klft.masked import check_ids
 from klft.scores import TokenScores, check_temperature
 
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def _backend(name: str, device: torch.device) -> Any:
+def _backend(name: Backend, device: torch.device) -> Any:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "torch" or (name == "auto" and device.type != "cuda"):
@@ -76,7 +77,7 @@ def plan_of(
     ref_hidden: Tensor | None = None,
     ref_head: LMHead | None = None,
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     per_token: Sequence[Tensor] = (),
 ) -> FusedPlan:
     """Checked inputs, cut. Raises ValueError for shapes, vocabularies, ids and temperatures that cannot be right."""
@@ -234,9 +235,9 @@ def linear_divergence(
     ref_hidden: Float[Tensor, "N E"],
     ref_head: LMHead | nn.Linear,
     *,
-    divergence: str = "reverse_kl",
+    divergence: DivergenceName = "reverse_kl",
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **params: float,
 ) -> Float[Tensor, "N"]:
     """Any divergence of klft.divergences (by its function's name, with its `params`) from hidden states, in nats.

@@ -30,6 +30,7 @@ from klft.masked import scatter_masked
 from klft.models import base_of, evaluating
 from klft.parallel import save_gathered
 from klft.penalty import KLPenalty, TokenKL
+from klft.scoring import Sharding
 from klft.writing import KL_FILES, check_unused
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class KLAnchorMixin(_Base):
         penalty: KLPenalty | Callable[[nn.Module], KLPenalty] | None = None,
         measure_every: int = 0,
         self_test: bool = True,
-        kl_shard_vocab: str = "auto",
+        kl_shard_vocab: Sharding = "auto",
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)

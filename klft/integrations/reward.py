@@ -5,7 +5,7 @@ And for GRPOTrainer where it does not divide rewards by their standard deviation
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer, is_conversational
 
 from klft.controllers import Controller, FixedKL, check_controller
+from klft.estimators import Direction
 from klft.integrations.checks import tokenizer_of
 from klft.integrations.measure import Measurements
 from klft.integrations.state import PenaltyState
@@ -67,8 +68,8 @@ class KLReward:
         reference: "Reference | PreTrainedModel | None" = None,
         *,
         coef: float | Controller = 0.05,
-        direction: str = "reverse",
-        estimator: str = "k1",
+        direction: Direction = "reverse",
+        estimator: Literal["k1", "exact"] = "k1",
         clip: float | None = None,
         token_rule: TokenRule | None = None,
     ):

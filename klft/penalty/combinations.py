@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal, get_args
 
-from klft.divergences import DIVERGENCES, find_divergence
-from klft.estimators import DIRECTIONS, ESTIMATORS
+from klft.divergences import OtherDivergence, find_divergence
+from klft.estimators import DIRECTIONS, ESTIMATORS, Estimator
 
-PLACEMENTS = ("reward", "loss", "both")
-ESTIMATES = ("k1", "k2", "k3", "exact")
-NO_KL = tuple(name for name in DIVERGENCES if name not in ("reverse_kl", "forward_kl", "entropy"))
+Placement = Literal["reward", "loss", "both"]
+Estimate = Literal[Estimator, "exact"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+ESTIMATES: tuple[Estimate, ...] = get_args(Estimate)
+NO_KL: tuple[OtherDivergence, ...] = get_args(OtherDivergence)
 
 
 def check_combination(direction: str, estimator: str, placement: str) -> None:

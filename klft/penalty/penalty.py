@@ -9,14 +9,21 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from klft.controllers import Controller, FixedKL, check_controller
+from klft.divergences import OtherDivergence, reverse_kl
 from klft.divergences import divergence as dense_divergence
-from klft.divergences import reverse_kl
-from klft.estimators import estimate_kl, k3
+from klft.estimators import Direction, Gradient, estimate_kl, k3
 from klft.fused import as_head, linear_divergence, token_scores
 from klft.heads import LMHead
 from klft.masked import Mask, Reduce, as_mask, no_reduce, scatter_masked
 from klft.models import VocabularyCut
-from klft.penalty.combinations import check_combination, check_divergence, effective_placement, warn_of
+from klft.penalty.combinations import (
+    Estimate,
+    Placement,
+    check_combination,
+    check_divergence,
+    effective_placement,
+    warn_of,
+)
 from klft.penalty.inputs import check_measured, find_one_sided
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
@@ -71,18 +78,18 @@ class KLPenalty:
         self,
         reference: "Reference | PreTrainedModel",
         *,
-        direction: str = "reverse",
-        estimator: str = "k1",
-        placement: str = "reward",
+        direction: Direction = "reverse",
+        estimator: Estimate = "k1",
+        placement: Placement = "reward",
         controller: Controller = DEFAULT,
         clip: float | None = None,
         token_rule: TokenRule | None = None,
-        divergence: str | None = None,
+        divergence: OtherDivergence | None = None,
         divergence_kwargs: Mapping[str, float] | None = None,
         coef: float | None = None,
     ):
         check_combination(direction, estimator, placement)
-        self.divergence = divergence
+        self.divergence: OtherDivergence | None = divergence
         self.divergence_kwargs: dict[str, Any] = dict(divergence_kwargs or {})
         check_divergence(divergence, self.divergence_kwargs, direction, estimator)
         if clip is not None and not 0 < clip < float("inf"):
@@ -100,13 +107,13 @@ class KLPenalty:
             raise TypeError(
                 f"KLPenalty: token_rule must be a function (token_ids, mask, scores) -> weight, got {token_rule!r:.80}"
             )
-        self.reference = resolve_reference(reference)
-        self.direction, self.estimator, self.controller, self.clip = direction, estimator, controller, clip
+        self.direction: Direction = direction
+        self.estimator: Estimate = estimator
+        self.reference, self.controller, self.clip = resolve_reference(reference), controller, clip
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
         self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
-        self._losses_called, self._warned_no_loss = False, False
-        self._warned_nonfinite = self._seen_apart = False
+        self._losses_called = self._warned_no_loss = self._warned_nonfinite = self._seen_apart = False
 
     @one_line
     def __repr__(self) -> str:
@@ -292,7 +299,7 @@ class KLPenalty:
 
     # ---- the penalty -----------------------------------------------------------------------------------------------
 
-    def token_kl(self, kl: TokenKL, gradient: str = "none") -> Float[Tensor, "*B"]:
+    def token_kl(self, kl: TokenKL, gradient: Gradient = "none") -> Float[Tensor, "*B"]:
         """weight * the chosen estimate per token, 0 where nothing counts; `gradient="unbiased"`: differentiable.
 
         Raises ValueError, naming the place, where it is not finite (with `clip`: where it is NaN).
@@ -355,7 +362,7 @@ class KLPenalty:
             return 0
         return int(torch.stack([self._beyond_clip(each) for _, each in kl.each()]).any(0).sum())
 
-    def _sampled(self, kl: TokenKL, gradient: str) -> Tensor:
+    def _sampled(self, kl: TokenKL, gradient: Gradient) -> Tensor:
         s, counted = kl.scores, kl.counted
         if s.ref_logp is None:
             raise ValueError("these scores have no ref_logp: score the tokens with a reference")
@@ -376,7 +383,7 @@ class KLPenalty:
             logp,
             ref_logp,
             direction=self.direction,
-            estimator=self.estimator,
+            estimator=self.estimator,  # pyright: ignore[reportArgumentType] - not "exact" here
             gradient=gradient,
             behaviour_logp=behaviour,
         )

@@ -286,14 +286,9 @@ class PPOConfig(TrainingArguments):
 
     def penalty(self, reference: Reference, token_rule: TokenRule | None = None) -> KLPenalty:
         """The penalty against `reference` that the kl_* fields describe; `token_rule` as KLPenalty's."""
-        return KLPenalty(
-            reference,
-            direction=self.kl_direction,
-            estimator=self.kl_estimator,
-            placement=effective_placement(self.kl_estimator, self.kl_placement),
-            controller=self.controller(),
-            token_rule=token_rule,
-        )
+        placement = effective_placement(self.kl_estimator, self.kl_placement)
+        names: Any = {"direction": self.kl_direction, "estimator": self.kl_estimator, "placement": placement}  # checked
+        return KLPenalty(reference, **names, controller=self.controller(), token_rule=token_rule)
 
     def controller(self) -> Controller:
         """The controller that the kl_* fields describe."""

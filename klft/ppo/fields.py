@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
+from klft.controllers import Shape
 from klft.estimators import DIRECTIONS
 from klft.parallel import PLACEMENTS as MODEL_PLACEMENTS
 from klft.penalty import ESTIMATES, PLACEMENTS
@@ -18,7 +19,7 @@ from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
 from klft.writing import did_you_mean
 
-SCHEDULES = {"scheduled": "linear", "scheduled_cosine": "cosine"}
+SCHEDULES: dict[str, Shape] = {"scheduled": "linear", "scheduled_cosine": "cosine"}
 CONTROLLERS = ("fixed", "adaptive", "pi", "target", *SCHEDULES)
 
 Validator = Callable[[Any], str | None]

@@ -26,7 +26,7 @@ from klft.models import (
     require_causal_lm,
     vocab_size,
 )
-from klft.parallel import Placement, reshard
+from klft.parallel import ModelPlacement, Placement, reshard
 from klft.writing import one_line
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class FrozenReference(ModelReference):
     effect with `to`, which trainers call.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, placement: str = "replicated"):
+    def __init__(self, model: "PreTrainedModel", *, placement: ModelPlacement = "replicated"):
         super().__init__(model)
         model.eval().requires_grad_(False)
         self.placement = Placement(model, placement)
