@@ -1,13 +1,6 @@
 """The KL penalty as one object, and what it is computed from."""
 
-from klft.penalty.combinations import (
-    ESTIMATES,
-    PLACEMENTS,
-    Estimate,
-    Placement,
-    check_combination,
-    effective_placement,
-)
+from klft.penalty.combinations import ESTIMATES, PLACEMENTS, check_combination, effective_placement
 from klft.penalty.penalty import KLPenalty
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.scores import score_logits  # it was here once
@@ -15,9 +8,7 @@ from klft.scores import score_logits  # it was here once
 __all__ = [
     "ESTIMATES",
     "PLACEMENTS",
-    "Estimate",
     "KLPenalty",
-    "Placement",
     "TokenKL",
     "TokenRule",
     "check_combination",
