@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from klft import FixedKL, FrozenReference, KLPenalty
-from klft.integrations import KLAnchorMixin
+from klft import FrozenReference, KLAnchorMixin, KLPenalty
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model_name_or_path")
@@ -43,7 +42,7 @@ class AnchoredGRPOTrainer(KLAnchorMixin, GRPOTrainer):
 
 
 reference = FrozenReference(copy.deepcopy(policy))
-penalty = KLPenalty(reference, estimator="exact", placement="both", controller=FixedKL(0.1))
+penalty = KLPenalty(reference, estimator="exact", placement="both", coef=0.1)
 args = GRPOConfig(
     output_dir=given.output_dir, max_steps=given.max_steps, beta=0.0, per_device_train_batch_size=16, num_generations=4,
     max_completion_length=8, learning_rate=3e-3, logging_steps=1, save_strategy="no", report_to="none",

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import RLOOConfig, RLOOTrainer
 
-from klft import AdaptiveKL
-from klft.integrations import KLReward
+from klft import AdaptiveKL, KLReward
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model_name_or_path")

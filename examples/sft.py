@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from klft import FixedKL, FrozenReference, KLPenalty
-from klft.integrations import KLAnchorMixin
+from klft import FrozenReference, KLAnchorMixin, KLPenalty
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model_name_or_path")
@@ -42,7 +41,7 @@ class AnchoredSFTTrainer(KLAnchorMixin, SFTTrainer):
 # KL(reference || policy), exact, on the tokens that are trained: what the model could say before, it should still say.
 penalty = KLPenalty(
     FrozenReference(copy.deepcopy(model)), direction="forward", estimator="exact", placement="loss",
-    controller=FixedKL(0.5),
+    coef=0.5,
 )  # fmt: skip
 args = SFTConfig(
     output_dir=given.output_dir, max_steps=given.max_steps, per_device_train_batch_size=8, learning_rate=3e-3,
