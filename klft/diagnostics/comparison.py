@@ -189,8 +189,8 @@ class Comparison:
         return f"**{_markdown(lines['Headline'])}**\n\n| | |\n|---|---|\n{table}"
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the page (.html), the table (.parquet, which `klft report` reads), the numbers (.json) or the summary
-        (.md); a file that appears whole or not at all. Raises ValueError for another suffix."""
+        """Write to `path` the page (.html), the table (.parquet, which `klft report` reads), the numbers (.json) or the
+        summary (.md); a file that appears whole or not at all. Raises ValueError for another suffix."""
         path = check_suffix(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".html":
@@ -263,6 +263,8 @@ def compare(
             `model` without its adapter. dtype, device, trust_remote_code, revision, ref_revision: of what is loaded.
         texts, turns: strings, conversations, ..., and which of the assistant's turns count, see `encode_texts`.
         tokenizer: by default the one saved beside the models.
+        max_length, batch_size, top_k: texts are cut to so many tokens, scored so many at a time, and so many of both
+            models' likeliest tokens are kept; temperature divides both models' logits.
         hide_text: puts its id in the place of every token's text, in all that is made of the comparison.
         track: iterates over the batches of so many texts, to show progress.
 
