@@ -88,6 +88,11 @@ def did_you_mean(name: str, known: Iterable[str], shown: Callable[[str], str] = 
     return f". Did you mean {shown(close[0])}?" if close else ""
 
 
+def two_digits(value: float) -> str:
+    """Two significant digits, of large numbers all before the point: 0.00042, 0.50, 12, 3141."""
+    return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:#.2g}".rstrip(".")
+
+
 def error_line(text: str) -> str:
     """`error: ...`, of 900 characters at most, in which a terminal finds nothing to obey."""
     line = " ".join(text.split())

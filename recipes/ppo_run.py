@@ -1,6 +1,7 @@
 """What the recipes of PPO share: refused options, a run with an evaluation before and after it, and what is printed."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -8,15 +9,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
-from transformers import ProgressCallback, TrainerState
+from transformers import TrainerState
 
 from klft import AdapterReference, PPOConfig, PPOTrainer
 from klft.generation import sample_completions
 from klft.parallel import gathered
+from klft.ppo.completions import readable
 from klft.ppo.rewards import call_reward_functions, is_judged, reward_weights
 from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id, template_arguments
-from klft.writing import visible
+from klft.writing import two_digits
 
 TABLE_ROWS = 14
 EXAMPLES = 3
@@ -47,18 +48,6 @@ def check_processes(wanted: int | None, found: int) -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class ProgressLine(ProgressCallback):
-    """The Trainer's progress bar, with the numbers to watch instead of all fifty."""
-
-    def on_log(self, args, state, control, logs: Any = None, **kwargs):
-        """Write score, KL and coefficient of a rollout above the bar."""
-        if self.training_bar is not None and "kl/sequence/reverse/mean" in logs:
-            score, kl, coef = logs["reward/score/mean"], logs["kl/sequence/reverse/mean"], logs["kl/coef"]
-            self.training_bar.write(
-                f"step {state.global_step:4}: score {score:.2f}, KL {kl:5.2f} nats, coef {coef:.3f}"
-            )
-
-
 def console_of(trainer: Any) -> Console:
     """A console that prints from the first process only."""
     return Console(quiet=not trainer.is_world_process_zero(), markup=False, highlight=False, soft_wrap=True)
@@ -72,9 +61,6 @@ def train(
     All processes evaluate, train and save together. `card`: the text of README.md, from both metrics.
     """
     args = trainer.args
-    trainer.remove_callback(ProgressCallback)
-    if not args.disable_tqdm:
-        trainer.add_callback(ProgressLine)
     before = trainer.evaluate() if trainer.eval_dataset else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if trainer.eval_dataset else {}
@@ -173,18 +159,9 @@ def samples_table(trainer: Any) -> Table:
         table.add_column(name)
     scores = {name: total_scores(trainer, rows, texts) for name, texts in said.items()}
     for i, row in enumerate(rows):
-        cells = [(shown(said[name][0][i]), f"{scores[name][i]:.2f}") for name in ("reference", "policy")]
-        table.add_row(shown(row["prompt"]), *cells[0], *cells[1])
+        cells = [(readable(said[name][0][i]), two_digits(scores[name][i])) for name in ("reference", "policy")]
+        table.add_row(readable(row["prompt"]), *cells[0], *cells[1])
     return table
-
-
-def shown(text: Any) -> Text:
-    """A prompt or a completion for a terminal; a model may write what one would obey."""
-    if not isinstance(text, str):
-        turns = [f"{message['role']}: {message['content']}" for message in text]
-        text = text[0]["content"] if len(text) == 1 and text[0]["role"] == "assistant" else "\n".join(turns)
-        return Text("\n".join(visible(line) for line in str(text).strip().split("\n")))
-    return Text(visible(text.strip()))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -202,8 +179,8 @@ def kl_table(history: list[dict]) -> Table:
         # The logs have nats per token; times tokens per completion they are nats per sequence.
         length = log["completions/mean_length"]
         kls = [log[f"kl/{name}/mean"] * length for name in ("reverse", "forward", "k1", "k3")]
-        numbers = [log["reward/score/mean"], *kls, log["kl/coef"]]
-        table.add_row(str(log["step"]), *[f"{number:.3f}" for number in numbers], f"{length:.1f}")
+        numbers = [log.get("reward/score/mean", math.nan), *kls, log["kl/coef"]]
+        table.add_row(str(log["step"]), *map(two_digits, numbers), f"{length:.1f}")
     return table
 
 
@@ -213,6 +190,6 @@ def print_results(trainer: Any, console: Console, before: dict[str, float], afte
     if trainer.eval_dataset:
         console.print(samples_table(trainer))
         console.print(
-            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {before[SCORE]:.2f} to "
-            f"{after[SCORE]:.2f},\nat an exact reverse KL of {after[KL]:.1f} nats per sequence."
+            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {two_digits(before[SCORE])} "
+            f"to {two_digits(after[SCORE])},\nat an exact reverse KL of {two_digits(after[KL])} nats per sequence."
         )

@@ -10,12 +10,30 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from klft.writing import atomic_write, escaping_output, visible
+from klft.writing import atomic_write, escaping_output, two_digits, visible, visible_lines
 
 
 def plain(text: Any) -> Text:
     """Text as it is: no markup is read in it, and control characters (ESC, NUL ...) are escaped."""
     return Text(visible(str(text)))
+
+
+def readable(text: Any) -> Text:
+    """A prompt or a completion: text as it is, a conversation as `role: content` lines, a lone answer as its content.
+
+    As in `plain` nothing is obeyed; line breaks are kept.
+    """
+    if isinstance(text, list) and text and all(isinstance(turn, dict) and "role" in turn for turn in text):
+        if len(text) == 1 and text[0]["role"] == "assistant" and isinstance(text[0].get("content"), str):
+            text = text[0]["content"]
+        else:
+            text = "\n".join(map(_turn, text))
+    return Text(visible_lines(str(text).strip()))
+
+
+def _turn(message: dict[str, Any]) -> str:
+    others = {name: v for name, v in message.items() if v and name not in ("role", "content")}  # tool calls, names
+    return f"{message['role']}: {message.get('content') or ''}" + (f" {others}" if others else "")
 
 
 def completion_rows(
@@ -38,7 +56,8 @@ def show_completions(rows: list[dict[str, Any]], step: int, output_dir: Path, ho
     for name in rows[0]:
         table.add_column(plain(name), overflow="fold", ratio=3 if name in ("prompt", "completion") else None)
     for row in rows[:how_many]:
-        table.add_row(*(plain(f"{v:.3f}" if isinstance(v, float) else v) for v in row.values()), end_section=True)
+        cells = [plain(two_digits(v)) if isinstance(v, float) else readable(v) for v in row.values()]
+        table.add_row(*cells, end_section=True)
     folder = output_dir / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     columns = {name: _storable([row[name] for row in rows]) for name in rows[0]}

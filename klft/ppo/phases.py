@@ -9,7 +9,7 @@ Seconds and memory are of the process that logs. Each phase ends in a collective
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,12 +21,15 @@ class Phases:
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
         self.peak_gib: dict[str, float] = defaultdict(float)
+        self.entered: Callable[[str], None] | None = None  # is told the phase that begins
         self.since: float | None = None  # when the tokens began to be made that the next log counts
 
     @contextmanager
     def __call__(self, name: str, device: torch.device) -> Iterator[None]:
         """Around a phase, or one of several parts of it, that computes on `device`."""
         start, cuda = time.perf_counter(), device.type == "cuda"
+        if self.entered is not None:
+            self.entered(name)
         self.since = start if self.since is None else self.since
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)

@@ -36,6 +36,7 @@ from klft.ppo.cycle import Cycle
 from klft.ppo.guards import FollowPolicy, SaveOnSigterm, StopOnNonFiniteGradient, saving
 from klft.ppo.losses import policy_losses, value_losses
 from klft.ppo.metrics import Table, loss_metrics, rollout_metrics, with_logged
+from klft.ppo.progress import progress_of
 from klft.ppo.rewards import RewardFunctions, as_reward_functions, reward_models, reward_names, reward_weights
 from klft.ppo.rollout import Rollout, forward_with_values, reference_side
 from klft.ppo.state import Pending, PPOState
@@ -126,7 +127,8 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,  # pyright: ignore[reportArgumentType] - any scheduler will do
         )
         self._sigterm = SaveOnSigterm(self.accelerator, saves=args.save_strategy != "no")
-        for callback in (StopOnNonFiniteGradient(self, self._resume_hint), FollowPolicy(reference), self._sigterm):
+        stop, shown = StopOnNonFiniteGradient(self, self._resume_hint), progress_of(self)
+        for callback in (stop, FollowPolicy(reference), self._sigterm, shown):
             self.add_callback(callback)
         if isinstance(warned := getattr(model, "warnings_issued", None), dict):
             warned["estimate_tokens"] = True  # batches are prompts: there are no input_ids to count

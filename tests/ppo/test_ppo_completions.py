@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from klft.ppo.completions import plain, show_completions
+from klft.ppo.completions import plain, readable, show_completions
 
 QUESTION, ANSWER = [{"role": "user", "content": "one fish"}], [{"role": "assistant", "content": "red"}]
 
@@ -132,3 +132,18 @@ def test_saving_the_same_step_again_replaces_the_file(capsys, tmp_path, monkeypa
         table(capsys, [row(prompt=text)], tmp_path, monkeypatch=monkeypatch)
     (path,) = (tmp_path / "completions").iterdir()
     assert pd.read_parquet(path)["prompt"].tolist() == ["second"]
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    (QUESTION, "user: one fish"),
+    (ANSWER, "red"),
+    ([*QUESTION, *ANSWER], "user: one fish\nassistant: red"),
+    ([{"role": "assistant", "content": None, "tool_calls": [1]}], "assistant:  {'tool_calls': [1]}"),
+    ([{"role": "user", "content": "a\nb\x1b[2J"}], "user: a\nb\\x1b[2J"),
+    (" text\n", "text"),
+    ([1, 2], "[1, 2]"),
+    ([], "[]"),
+    (None, "None"),
+])  # fmt: skip
+def test_a_conversation_reads_as_roles(text, shown):
+    assert readable(text).plain == shown

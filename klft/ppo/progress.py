@@ -1,0 +1,86 @@
+"""RolloutProgress: what PPOTrainer says while it trains, one line per rollout."""
+
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+from klft.writing import two_digits
+
+if TYPE_CHECKING:
+    from klft.ppo.trainer import PPOTrainer
+
+
+class RolloutProgress(ProgressCallback):
+    """One line per rollout that is logged: score, KL in nats per completion, coefficient, tokens and seconds by phase.
+
+    PPOTrainer adds it in the place of the Trainer's two, which print all fifty metrics; trackers and `log_history` have
+    those. On a terminal, and without `disable_tqdm`, there is a progress bar that names the phase; otherwise lines.
+    """
+
+    def __init__(self, trainer: "PPOTrainer"):
+        super().__init__()
+        self.trainer = trainer
+        self.has_bar = not trainer.args.disable_tqdm and sys.stderr.isatty()
+        self._seconds: dict[str, float] = defaultdict(float)  # by phase, since the last line
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what is about to happen: the first rollout of a large model takes minutes."""
+        if self.has_bar:
+            super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            size, steps = args.episodes_per_rollout, args.steps_per_rollout
+            left = -(-(state.max_steps - state.global_step) // steps)
+            self._say(f"{left} rollout(s) of {size} completions to train on, {steps} step(s) each; a line per rollout")
+            self.trainer.ppo.phases.entered = self._show_phase
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar on."""
+        if self.has_bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A bar for an evaluation, which is removed after it."""
+        if self.has_bar:
+            super().on_prediction_step(args, state, control, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.leave = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The line, where the log is of a rollout."""
+        phases = ("generate", "score", "reward", "train")
+        for name in phases:
+            self._seconds[name] += logs.get(f"time/{name}/seconds", 0.0)
+        kl = logs.get(f"kl/sequence/{args.kl_direction}/mean")
+        if not state.is_world_process_zero or kl is None:
+            return
+        numbers = {"score": logs.get("reward/score/mean"), "KL": kl, "coef": logs["kl/coef"]}
+        said = ", ".join(f"{name} {two_digits(n):>7}" for name, n in numbers.items() if n is not None)
+        speed = f"{logs['tokens_per_second']:.0f} tokens/s, " if "tokens_per_second" in logs else ""
+        seconds = ", ".join(f"{name} {two_digits(self._seconds[name])}" for name in phases)
+        self._say(f"step {state.global_step:>{len(str(state.max_steps))}}: {said}; {speed}seconds: {seconds}")
+        self._seconds.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.has_bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def _show_phase(self, name: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.set_description(name)
+
+    def _say(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def progress_of(trainer: "PPOTrainer") -> RolloutProgress:
+    """A RolloutProgress to add to `trainer`, from which the Trainer's own callback of that kind is removed."""
+    for callback in trainer.callback_handler.callbacks[-1:]:  # the Trainer adds it last
+        if type(callback) in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+    return RolloutProgress(trainer)
