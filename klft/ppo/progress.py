@@ -2,10 +2,11 @@
 
 import sys
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
+from klft.ppo.config import PPOConfig
 from klft.writing import two_digits
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class RolloutProgress(ProgressCallback):
         self.has_bar = not trainer.args.disable_tqdm and sys.stderr.isatty()
         self._seconds: dict[str, float] = defaultdict(float)  # by phase, since the last line
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Say what is about to happen: the first rollout of a large model takes minutes."""
         if self.has_bar:
             super().on_train_begin(args, state, control, **kwargs)
@@ -35,21 +36,25 @@ class RolloutProgress(ProgressCallback):
             self._say(f"{left} rollout(s) of {size} completions to train on, {steps} step(s) each; a line per rollout")
             self.trainer.ppo.phases.entered = self._show_phase
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Move the bar on."""
         if self.has_bar:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """A bar for an evaluation, which is removed after it."""
         if self.has_bar:
             super().on_prediction_step(args, state, control, **kwargs)
             if self.prediction_bar is not None:
                 self.prediction_bar.leave = False
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: PPOConfig, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: object
+    ) -> None:
         """The line, where the log is of a rollout."""
-        phases = ("generate", "score", "reward", "train")
+        logs, phases = logs or {}, ("generate", "score", "reward", "train")
         for name in phases:
             self._seconds[name] += logs.get(f"time/{name}/seconds", 0.0)
         kl = logs.get(f"kl/sequence/{args.kl_direction}/mean")
@@ -62,7 +67,7 @@ class RolloutProgress(ProgressCallback):
         self._say(f"step {state.global_step:>{len(str(state.max_steps))}}: {said}; {speed}seconds: {seconds}")
         self._seconds.clear()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Close the bar."""
         if self.has_bar:
             super().on_train_end(args, state, control, **kwargs)
