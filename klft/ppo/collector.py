@@ -42,6 +42,32 @@ logger = logging.get_logger(__name__)
 LARGE_SCORE = 1e4
 CUT_PROMPTS = "prompts/truncated/frac"  # logged where max_prompt_length is given
 
+Continued = tuple[Completions, Tensor, list, dict[str, list[float]]]
+"""(completions, terminated [B], completions as the reward functions see them, which prompts were cut)."""
+
+
+def continue_prompts(
+    model: nn.Module, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, args: PPOConfig, vocab_size: int
+) -> Continued:
+    """Completions of the rows' prompts by `model`, without wrappers and with its weights whole, sampled as PPO samples.
+
+    Only ids below `vocab_size`, those of policy and reference, are sampled. Raises ValueError for a prompt without
+    tokens, and for logits that are not finite.
+    """
+    prompts, limit = [row["prompt"] for row in rows], args.max_prompt_length
+    templates = [template_arguments(row, args.chat_template_kwargs) for row in rows]
+    whole = encode_prompts(tokenizer, prompts, limit and limit + 1, templates)  # one token more says which are cut
+    kept = [cut_prompt(tokenizer, row, limit) for row in whole]
+    ids, mask = pad(kept, pad_id(tokenizer))
+    config = args.generation_config(eos_ids(model, tokenizer), pad_id(tokenizer))
+    policy: Any = model
+    completions, terminated = sample_completions(
+        policy, ids.to(args.device), mask.to(args.device), config, vocab_size, tokenizer
+    )
+    texts = decode_completions(tokenizer, prompts, **vars(completions), eos_ids=config.eos_token_id)  # pyright: ignore
+    cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
+    return completions, terminated, texts, cut
+
 
 @dataclass
 class RolloutCollector:
@@ -135,23 +161,10 @@ class RolloutCollector:
     def _templates(self, rows: list[dict]) -> list[dict[str, Any]]:
         return [template_arguments(row, self.args.chat_template_kwargs) for row in rows]
 
-    def _generate(self, model: nn.Module, rows: list[dict]) -> tuple[Completions, Tensor, list, dict]:
-        """(completions, terminated [B], completions as the reward functions see them, which prompts were cut)."""
-        prompts, device, tokenizer = [row["prompt"] for row in rows], self.accelerator.device, self.tokenizer
-        limit = self.args.max_prompt_length  # one token more says which prompts are cut
-        whole = encode_prompts(tokenizer, prompts, limit and limit + 1, self._templates(rows))
-        kept = [cut_prompt(tokenizer, row, limit) for row in whole]
-        ids, mask = pad(kept, pad_id(tokenizer))
+    def _generate(self, model: nn.Module, rows: list[dict]) -> "Continued":
         policy = self.accelerator.unwrap_model(model)
-        config = self.args.generation_config(eos_ids(policy, tokenizer), pad_id(tokenizer))
-        vocab_size = self.scorer.shared_vocab(policy)
         with gathered(model):
-            completions, terminated = sample_completions(
-                policy, ids.to(device), mask.to(device), config, vocab_size, tokenizer
-            )
-        texts = decode_completions(tokenizer, prompts, **vars(completions), eos_ids=config.eos_token_id)  # pyright: ignore
-        cut = {} if limit is None else {CUT_PROMPTS: [float(len(k) < len(w)) for k, w in zip(kept, whole, strict=True)]}
-        return completions, terminated, texts, cut
+            return continue_prompts(policy, rows, self.tokenizer, self.args, self.scorer.shared_vocab(policy))
 
     def _score(self, model: nn.Module, completions: Completions, *, top_k: int) -> tuple[TokenKL, Tensor, Tensor]:
         """(KL of the completions' tokens [B, C], values [B, C], value after the last token [B])."""

@@ -11,7 +11,16 @@ from transformers import GenerationConfig, TrainingArguments
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.parallel import why_no_zero3
 from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
-from klft.ppo.fields import IGNORED, OWN_ORDER, SCHEDULES, VALIDATORS, as_dict, precision_problems, scheduler_problem
+from klft.ppo.fields import (
+    IGNORED,
+    OWN_ORDER,
+    SCHEDULES,
+    VALIDATORS,
+    as_dict,
+    choices,
+    precision_problems,
+    scheduler_problem,
+)  # fmt: skip
 from klft.references import Reference
 
 
@@ -146,7 +155,8 @@ class PPOConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward functions."})
 
     def __post_init__(self):
-        answers = {name: validate(getattr(self, name)) for name, validate in VALIDATORS.items()}
+        validators = VALIDATORS | choices(TrainingArguments)
+        answers = {name: validate(getattr(self, name)) for name, validate in validators.items()}
         problems = [f"{name} {why}" for name, why in answers.items() if why]
         problems += self._contradictions() if not problems else []
         if problems:

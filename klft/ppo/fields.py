@@ -1,14 +1,13 @@
-"""What each field of PPOConfig may be, and which of the Trainer's say nothing to PPO."""
+"""What each field of PPOConfig may be, and which of the Trainer's say nothing to PPO.
+
+Imports no transformers: a wrong number on a command line is to be answered before that has taken its seconds.
+"""
 
 import json
 import math
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, get_args, get_type_hints
-
-import torch
-from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from klft.controllers import Shape
 from klft.estimators import DIRECTIONS
@@ -18,6 +17,9 @@ from klft.prompts import why_no_template_kwargs
 from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
 from klft.writing import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SCHEDULES: dict[str, Shape] = {"scheduled": "linear", "scheduled_cosine": "cosine"}
 CONTROLLERS = ("fixed", "adaptive", "pi", "target", *SCHEDULES)
@@ -113,6 +115,8 @@ def _unfit_for_generation(name: str) -> str | None:
         return f"{name} cannot be changed: PPO samples one completion per prompt, until a known end"
     if name == "return_dict_in_generate" or name.startswith("output_"):
         return f"{name} changes what generate returns: PPO takes the tokens, and scores them itself"
+    from transformers import GenerationConfig
+
     return None if name in GenerationConfig().to_dict() else f"generation has no setting {name!r}"
 
 
@@ -124,17 +128,22 @@ def warmup(value: Any) -> str | None:
 
 def trackers(value: Any) -> str | None:
     """Names of trackers that are installed, "all" or "none"."""
+    from transformers.integrations import get_available_reporting_integrations
+
     names = [value] if isinstance(value, str) else list(value or [])
     missing = sorted(set(names) - {"all", "none", *get_available_reporting_integrations()})
-    return (
-        f"names {', '.join(map(repr, missing))}, which is unknown or not installed: pip install it, or say none"
-        if missing
-        else None
-    )
+    if not missing:
+        return None
+    ours = all(name in ("tensorboard", "trackio", "wandb") for name in missing)
+    way_out = f"pip install klft[{','.join(missing)}]" if ours else "pip install it"
+    return f"names {', '.join(map(repr, missing))}, which is unknown or not installed: {way_out}, or say none"
 
 
-def scheduler_problem(args: TrainingArguments) -> str | None:
+def scheduler_problem(args: "TrainingArguments") -> str | None:
     """What the learning-rate schedule says to its lr_scheduler_kwargs."""
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
     optimizer, schedule = torch.optim.SGD([torch.zeros(1)]), SchedulerType(args.lr_scheduler_type)
     try:
         get_scheduler(schedule, optimizer, 0, 2, args.lr_scheduler_kwargs)  # pyright: ignore
@@ -143,8 +152,10 @@ def scheduler_problem(args: TrainingArguments) -> str | None:
     return None
 
 
-def precision_problems(args: TrainingArguments) -> list[str]:
+def precision_problems(args: "TrainingArguments") -> list[str]:
     """Precisions that are asked for and cannot be had. (bf16 on a CPU can.)"""
+    import torch
+
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     of_gpus = [name for name in ("fp16", "tf32") if on_cpu and getattr(args, name)]
     whole = [name for name in ("fp16_full_eval", "bf16_full_eval") if getattr(args, name)]
@@ -236,12 +247,17 @@ VALIDATORS: dict[str, Validator] = {
     "logging_nan_inf_filter": boolean,
     "remove_unused_columns": boolean,
 }
-VALIDATORS |= {  # all choices of the Trainer's own: its enums' messages name no field
-    name: choice(*(member.value for member in kind))
-    for name, hint in get_type_hints(TrainingArguments).items()
-    for kind in get_args(hint)
-    if isinstance(kind, type) and issubclass(kind, Enum)
-}
+
+
+def choices(config: type) -> dict[str, Validator]:
+    """A choice for each field of an enum's type, by name: the Trainer's enums have messages that name no field."""
+    return {
+        name: choice(*(member.value for member in kind))
+        for name, hint in get_type_hints(config).items()
+        for kind in get_args(hint)
+        if isinstance(kind, type) and issubclass(kind, Enum)
+    }
+
 
 # Fields of the Trainer that say nothing to PPO, as the Trainer has them by default, and why.
 _OWN_LOSS, _OWN_METRICS = "PPO's loss has no labels", "evaluation measures rollouts, and computes no other metrics"
