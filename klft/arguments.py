@@ -5,11 +5,13 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ ALLOWED_ENV = (
     "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS",
 )  # fmt: skip
 SAME = (("max_steps", "total_episodes", "num_train_epochs"),)  # one on the command line replaces a file's others
+# --help: what a group is called whose dataclass's docstring is no title, and what it shows of the Trainer's own beside
+# the script's YAML.
+TITLES = {"PPOConfig": "PPO and its KL penalty", "ModelConfig": "The model, and a LoRA on it"}
+USUAL = ("activation_checkpointing", "bf16", "num_train_epochs", "resume_from_checkpoint", "seed", "use_cpu")
 LARGEST_YAML = {"bytes": 1 << 20, "values": 10_000, "levels": 20}
 NO_DECIMAL = re.compile(r"[-+]?0[0-9_]+|.*:.*")  # YAML 1.1 reads 010 as 8 and 1:30 as 90
 
@@ -49,15 +55,21 @@ def one_line_errors(exit_code: int = 2):
         sys.exit(exit_code)
 
 
-def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
+def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None, unused: Collection[str] = ()) -> tuple:
     """`--config file.yaml` and command line -> one instance per dataclass; the command line wins.
 
-    Raises ValueError that names file, line and a similar key for what the file holds wrongly.
+    `--help` prints the options in groups, one for each dataclass, without those that are `unused`, and of the Trainer's
+    own the usual ones; `--help-all` all. Raises ValueError that names file, line and a similar key for what the file
+    holds wrongly.
     """
     given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--debug"]
     given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     fields = {name: hint for c in classes for name, hint in hints(c).items()}
-    named = _check_options(given, fields)
+    named = check_options(given, fields)
+    if {"-h", "--help", "--help-all"} & set(given):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(help_text(classes, unused, everything="--help-all" in given))
+        sys.exit(0)
     with tempfile.TemporaryDirectory() as folder:
         if "--config" in given:
             place = given.index("--config") + 1
@@ -73,6 +85,31 @@ def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None) ->
         if not abs(value) < math.inf:
             raise ValueError(f"{name} must be a finite number, got {value}")
     return made
+
+
+def help_text(classes: tuple[type, ...], unused: Collection[str] = (), *, everything: bool = False) -> str:
+    """The script's docstring and its options in groups: one for each dataclass, and what they have of the Trainer's."""
+    script = sys.modules["__main__"]
+    settings = Path(getattr(script, "__file__", None) or ".").with_suffix(".yaml")
+    usual = {*USUAL, *(yaml.safe_load(settings.read_text()) if settings.is_file() else ())}
+    lines, trainers = [(script.__doc__ or "").strip()], []
+    for c in classes:
+        bases = [base for base in c.__mro__ if base.__name__ == "TrainingArguments"]
+        inherited = {name for base in bases for name in base.__annotations__} - c.__annotations__.keys()
+        lines.append("\n" + (TITLES.get(c.__name__) or (c.__doc__ or c.__name__).partition("\n")[0]))
+        for f in dataclasses.fields(c):
+            if f.init and f.name not in unused and (everything or f.name in usual or f.name not in inherited):
+                (trainers if f.name in inherited else lines).append(_option_help(f))
+    more = "" if everything else "; all of them: --help-all"
+    return "\n".join([*lines, *([f"\nOf transformers.Trainer{more}"] if trainers else []), *trainers])
+
+
+def _option_help(field: dataclasses.Field) -> str:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    known = "required" if default is dataclasses.MISSING else f"default {getattr(default, 'value', default)}"
+    text = f"--{field.name}: {field.metadata.get('help') or ''} ({known})"
+    width = min(max(shutil.get_terminal_size().columns, 40), 120)
+    return textwrap.fill(" ".join(text.split()), width, initial_indent="  ", subsequent_indent="      ")
 
 
 def _numbers(settings: Any) -> Iterator[tuple[str, float]]:
@@ -93,10 +130,10 @@ def check_positive(settings: object, zero: Sequence[str] = ()) -> None:
             raise ValueError(f"{name} must be {'0 or more' if name in zero else 'above 0'}, got {value}")
 
 
-def _check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
+def check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
     """The fields that the command line names. Raises ValueError, with a similar name, for what is none."""
     named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
-    for name in sorted(named - fields.keys() - {"config", "help"}):
+    for name in sorted(named - fields.keys() - {"config", "help", "help_all"}):
         if not any(field.startswith((name, name.removeprefix("no_"))) for field in fields):  # as argparse takes them
             raise ValueError(f"unknown option --{name}{did_you_mean(name, fields, '--{}'.format)}")
     return named

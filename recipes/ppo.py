@@ -16,15 +16,25 @@ import json
 import random
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from ppo_options import (
+    QUANTISATION,
+    check_files,
+    check_names,
+    check_required,
+    check_trackers,
+    check_used,
+    check_values,
+    given_options,
+    parse_light,
+    wants_help,
+)
 from reward_functions import is_function, load_function
 
-from klft.arguments import LARGEST_YAML, one_line_errors, parse_arguments
+from klft.arguments import one_line_errors, parse_arguments
 from klft.exits import exit_codes
 
 if TYPE_CHECKING:
@@ -39,12 +49,13 @@ REQUIRED = {
     "prompts": "a .jsonl, .csv, .parquet or .txt file, or a dataset's name",
     "reward": "module:function, file.py:function or a reward model",
 }
+UNUSED = {*QUANTISATION, "model_init_kwargs"}
 FEWEST, MOST = 8, 256  # prompts held out
 
 
 @dataclass
 class OwnArguments:
-    """Prompts, reward and launch; PPOConfig and trl's ModelConfig hold the rest."""
+    """Prompts, reward and launch."""
 
     prompts: str | None = field(
         default=None, metadata={"help": "A .jsonl, .json, .csv, .parquet or .txt file, or a dataset's name."}
@@ -69,61 +80,12 @@ class OwnArguments:
     )
 
 
-# --- before anything heavy is imported -------------------------------------------------------------------------------
-
-
-def given_options(argv: list[str]) -> dict[str, list[Any]]:
-    """The options of the command line and the file of --config, by name, as they stand there."""
-    named: dict[str, list[Any]] = {}
-    last: list[Any] = []
-    for part in argv:
-        if part.startswith("--"):
-            name, equals, value = part[2:].partition("=")
-            last = named[name.replace("-", "_")] = [value] if equals else []
-        else:
-            last.append(part)
-    path = Path((named.get("config") or [""])[0])
-    in_file: Any = None
-    if path.is_file() and path.stat().st_size <= LARGEST_YAML["bytes"]:
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # parse_arguments says what is wrong with it
-            in_file = yaml.safe_load(path.read_text())
-    of_file = in_file if isinstance(in_file, dict) else {}
-    return {
-        str(name): value if isinstance(value, list) else [value] for name, value in of_file.items() if value is not None
-    } | named
-
-
-def check_given(argv: list[str]) -> None:
-    """Raise ValueError that names every required option that is missing, and for files that are not there.
-
-    In a fraction of a second: what it takes to import torch, transformers and TRL is paid by those who can train.
-    """
-    options = given_options(argv)
-    if "help" in options or "h" in options:
-        return
-    smoke = options.get("smoke", [False])[-1:] in ([], [True], ["true"], ["True"])
-    missing = [name for name in REQUIRED if not any(name.startswith(option) for option in options if option)]
-    if missing and not smoke:
-        listed = [f"--{name} ({REQUIRED[name]})" for name in missing]
-        raise ValueError(f"recipes/ppo.py needs {'; '.join(listed)}. --smoke runs with made-up ones")
-    for name in options.get("prompts", []):
-        kinds = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-        if Path(str(name)).suffix.lower() in kinds and not Path(str(name)).is_file():
-            raise ValueError(f"--prompts {name}: there is no such file")
-    for reward in options.get("reward", []):
-        if is_function(str(reward)):
-            load_function(str(reward))
-
-
 # --- prompts, rewards, models ----------------------------------------------------------------------------------------
 
 
-def check_options(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> None:
+def check_own(own: OwnArguments, model_args: "ModelConfig") -> None:
     """Raise ValueError for what cannot work, or would do nothing."""
-    from ppo_run import QUANTISATION, check_processes, check_used
-
-    check_processes(own.processes, args.world_size)
-    check_used(QUANTISATION | {"model_init_kwargs"}, model_args, args)
+    check_used(UNUSED, model_args)
     if not model_args.use_peft:
         adapters = {name for name in vars(model_args) if name.startswith("lora_")} | {"use_rslora", "use_dora"}
         check_used(adapters, model_args, why="does nothing without --use_peft")
@@ -137,7 +99,15 @@ def check_options(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig
     labels = own.reward_label
     if labels is not None and len(labels) != len(models):
         raise ValueError(f"--reward_label has {len(labels)} label(s), and --reward {len(models)} model(s): {models}")
-    weights = args.reward_weights
+
+
+def check_own_with(args: "PPOConfig", own: OwnArguments) -> None:
+    """Raise ValueError for what does not go with the arguments of PPO."""
+    from ppo_run import check_processes
+
+    check_processes(own.processes, args.world_size)
+    check_used(UNUSED, args)
+    weights, rewards = args.reward_weights, own.reward or []
     if weights is not None and len(weights) != len(rewards):
         raise ValueError(f"--reward_weights has {len(weights)} weight(s), and --reward names {len(rewards)}: {rewards}")
 
@@ -250,12 +220,12 @@ def load_rewards(own: OwnArguments, args: "PPOConfig", rows: "Dataset") -> list[
 def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> "PPOTrainer":
     """Everything in a trainer, the cheap things first: what is wrong is said before a large model is loaded."""
     from ppo_files import CardPPOTrainer
-    from trl import get_peft_config
+    from ppo_run import adapter_config
 
     from klft.loading import load_model, load_tokenizer
     from klft.ppo import check_output_dir, finished_run
 
-    check_options(own, args, model_args)
+    check_own_with(args, own)
     check_output_dir(args)
     if own.smoke:
         args.max_steps, args.total_episodes = 2 * args.steps_per_rollout, None
@@ -286,7 +256,7 @@ def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> 
         train_dataset=train_prompts,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args, policy),
     )
 
 
@@ -330,7 +300,7 @@ def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
         f"KL: {said['KL']}, reference {said['reference']}; {args.world_size} process(es), "
         f"{args.episodes_per_rollout} completions per rollout"
     )
-    found = settings(given_options(sys.argv[1:]), own, args, model_args)
+    found = settings(given_options(), own, args, model_args)
     if trainer.is_world_process_zero():
         write_settings(folder / "run.yaml", found)
     trainer.add_callback(LogLines(folder / "log.jsonl"))
@@ -346,11 +316,18 @@ def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
 if __name__ == "__main__":
     with exit_codes():
         with one_line_errors():
-            check_given(sys.argv[1:])
             from trl import ModelConfig
 
+            # In seconds; what it takes to import torch, transformers and TRL is paid by those who can train.
+            check_names(OwnArguments, ModelConfig)
+            if not wants_help():
+                check_required(REQUIRED)
+                check_files()
+                check_own(*parse_light(OwnArguments, ModelConfig))
+                check_trackers()
+                check_values(OwnArguments, ModelConfig)
             from klft import PPOConfig
 
-            own, args, model_args = parse_arguments((OwnArguments, PPOConfig, ModelConfig))
+            own, args, model_args = parse_arguments((OwnArguments, PPOConfig, ModelConfig), unused=UNUSED)
             trainer = prepare(own, args, model_args)
         main(trainer, own, model_args)

@@ -15,7 +15,8 @@ import transformers
 import trl
 import yaml
 from accelerate.utils import gather_object
-from ppo_run import KL, QUANTISATION, SCORE, continue_prompts
+from ppo_options import QUANTISATION
+from ppo_run import KL, SCORE, completions_of
 from transformers import TrainerCallback, TrainingArguments
 
 import klft
@@ -119,7 +120,7 @@ def write_samples(trainer: PPOTrainer, path: Path) -> int:
     policy, wrapped = trainer.accelerator.unwrap_model(trainer.model), trainer.model_wrapped
     assert isinstance(wrapped, torch.nn.Module)
     with gathered(wrapped):
-        completions, _ = continue_prompts(trainer, policy, rows)
+        completions, _ = completions_of(trainer, policy, rows)
     columns = ("prompt", "chat_template_kwargs", "tools")  # with what klft diff renders a conversation by
     mine = [
         {name: row[name] for name in columns if name in row} | {"completion": said}

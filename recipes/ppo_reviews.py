@@ -10,26 +10,24 @@ see README.md.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ppo_run import QUANTISATION, check_processes, check_used, console_of, print_results, train
-from reviews import ensure_world
+from ppo_options import QUANTISATION, check_names, check_trackers, check_used, check_values, parse_light, wants_help
 from reward_functions import is_function, load_function
-from trl import ModelConfig, ScriptArguments, get_peft_config
+from trl import ModelConfig, ScriptArguments
 
-from klft import PPOConfig, PPOTrainer
 from klft.arguments import one_line_errors, parse_arguments
-from klft.diagnostics.loading import read_prompts
 from klft.exits import exit_codes
-from klft.loading import load_model, load_tokenizer
-from klft.ppo import RewardModel, check_output_dir, finished_run
 
-NO_USE = QUANTISATION | {"dataset_test_split", "dataset_streaming", "ignore_bias_buffers"}
+if TYPE_CHECKING:
+    from klft import PPOConfig, PPOTrainer
+
+NO_USE = QUANTISATION | {"dataset_test_split", "dataset_streaming", "ignore_bias_buffers", "model_init_kwargs"}
 
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    """Data, reward and launch; PPOConfig and trl's ModelConfig hold the rest."""
+    """Data, reward and launch."""
 
     reward: str | None = field(default=None, metadata={"help": "Reward model (id or path), or module:function."})
     reward_label: str | None = field(default=None, metadata={"help": "Label whose probability is the reward."})
@@ -40,6 +38,8 @@ class RecipeArguments(ScriptArguments):
 
 def load_reward(script: RecipeArguments, world: Path) -> Any:
     """The reward function: `module:function`, a reward model, or the reviews' sentiment model."""
+    from klft.ppo import RewardModel
+
     if script.reward is None:
         return RewardModel(str(world / "reward_model"), label="positive")
     if is_function(script.reward):
@@ -47,15 +47,28 @@ def load_reward(script: RecipeArguments, world: Path) -> Any:
     return RewardModel(script.reward, label=script.reward_label)
 
 
-def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -> PPOTrainer:
-    """Load everything into a trainer. What can be wrong with the arguments goes wrong here, before any training."""
-    check_processes(script.processes, args.world_size)
+def check_own(script: RecipeArguments, model_args: ModelConfig) -> None:
+    """Raise ValueError for what would do nothing, or not what was meant."""
     check_used(NO_USE, script, model_args)
     if model_args.model_name_or_path and not (script.dataset_name and script.reward):
         raise ValueError(
             f"this is the demo: {model_args.model_name_or_path} would be trained on its prompts, or by its reward. "
             "Your own model, prompts and reward: recipes/ppo.py"
         )
+
+
+def prepare(script: RecipeArguments, args: "PPOConfig", model_args: ModelConfig) -> "PPOTrainer":
+    """Load everything into a trainer. What can be wrong with the arguments goes wrong here, before any training."""
+    from ppo_run import adapter_config, check_processes
+    from reviews import ensure_world
+
+    from klft import PPOTrainer
+    from klft.diagnostics.loading import read_prompts
+    from klft.loading import load_model, load_tokenizer
+    from klft.ppo import check_output_dir, finished_run
+
+    check_processes(script.processes, args.world_size)
+    check_used(NO_USE, args)
     if script.smoke:
         args.max_steps = 2 * args.steps_per_rollout
     # The trainer looks at output_dir only when it trains; an error is worth more before the models are loaded.
@@ -82,25 +95,28 @@ def prepare(script: RecipeArguments, args: PPOConfig, model_args: ModelConfig) -
         evaluation_prompts = read_prompts(str(world / "prompts_test.jsonl"))
     # There is no reference among the arguments: PPOTrainer keeps a frozen copy of the model, or with --use_peft
     # switches the adapter off.
+    policy = load_model(
+        name,
+        is_trainable=True,  # of an adapter that is trained on
+        dtype=model_args.dtype or "auto",
+        attn_implementation=model_args.attn_implementation,
+        **source,
+    )
     return PPOTrainer(
-        model=load_model(
-            name,
-            is_trainable=True,  # of an adapter that is trained on
-            dtype=model_args.dtype or "auto",
-            attn_implementation=model_args.attn_implementation,
-            **source,
-        ),
+        model=policy,
         reward_funcs=load_reward(script, world),
         args=args,
         train_dataset=train_prompts,
         eval_dataset=evaluation_prompts,
         processing_class=load_tokenizer(name, **source),
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args, policy),
     )
 
 
 def main(trainer: Any) -> None:
     """Train, with an evaluation before and after where there are prompts for it, and print what came of it."""
+    from ppo_run import console_of, print_results, train
+
     args, console = trainer.args, console_of(trainer)
     name = trainer.model.config._name_or_path
     console.print(f"{args.world_size} processes, {args.episodes_per_rollout} completions per rollout, policy {name}")
@@ -116,6 +132,13 @@ def main(trainer: Any) -> None:
 if __name__ == "__main__":
     with exit_codes():
         with one_line_errors():
-            script, args, model_args = parse_arguments((RecipeArguments, PPOConfig, ModelConfig))
+            check_names(RecipeArguments, ModelConfig)
+            if not wants_help():
+                check_own(*parse_light(RecipeArguments, ModelConfig))
+                check_trackers()
+                check_values(RecipeArguments, ModelConfig)
+            from klft import PPOConfig
+
+            script, args, model_args = parse_arguments((RecipeArguments, PPOConfig, ModelConfig), unused=NO_USE)
             trainer = prepare(script, args=args, model_args=model_args)
         main(trainer)

@@ -1,7 +1,7 @@
 """What the recipes of PPO share: refused options, a run with an evaluation before and after it, and what is printed."""
 
-import dataclasses
 import math
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -10,32 +10,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerState
+from trl import ModelConfig, get_peft_config
 
 from klft import AdapterReference, PPOConfig, PPOTrainer
-from klft.generation import sample_completions
 from klft.parallel import gathered
+from klft.ppo.collector import continue_prompts
 from klft.ppo.completions import readable
 from klft.ppo.rewards import call_reward_functions, is_judged, reward_weights
-from klft.prompts import decode_completions, encode_prompts, eos_ids, pad, pad_id, template_arguments
-from klft.writing import two_digits
+from klft.prompts import template_arguments
+from klft.writing import did_you_mean, two_digits
 
 TABLE_ROWS = 14
 EXAMPLES = 3
-QUANTISATION = {
-    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
-}  # fmt: skip
 SCORE, KL = "eval_reward/score/mean", "eval_kl/sequence/reverse/mean"
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def check_used(unused: set[str], *configs: Any, why: str = "does nothing in this recipe: leave it out") -> None:
-    """Raise ValueError for an option that has no use, where it is not at its default."""
-    for config in configs:
-        for option in dataclasses.fields(config):
-            if option.name in unused and getattr(config, option.name) != option.default:
-                raise ValueError(f"--{option.name} {why}")
 
 
 def check_processes(wanted: int | None, found: int) -> None:
@@ -43,6 +33,23 @@ def check_processes(wanted: int | None, found: int) -> None:
     if wanted not in (None, found):
         way_out = "Launch as the first line of this recipe shows, or say --processes with the number you want."
         raise ValueError(f"asked for {wanted} process(es), got {found}. {way_out}")
+
+
+def adapter_config(model_args: ModelConfig, policy: torch.nn.Module) -> Any:
+    """The LoRA that the options ask for, or None. Raises ValueError for modules that the policy does not have."""
+    config: Any = get_peft_config(model_args)
+    names = getattr(config, "target_modules", None)
+    if isinstance(names, str) and re.fullmatch(r"[\w.]+", names):  # ModelConfig takes one name out of its list ...
+        names = config.target_modules = {names}  # ... and PEFT would read it as a pattern of whole names
+    known = {name for name, module in policy.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name in sorted(names) if isinstance(names, (set, list)) else ():
+        if not any(f".{each}".endswith(f".{name}") for each, _ in policy.named_modules()):
+            ends = sorted({each.rpartition(".")[2] for each in known})
+            raise ValueError(
+                f"--lora_target_modules {name}: the model has no such module{did_you_mean(name, ends)} "
+                f"Its linear layers: {', '.join(ends)}"
+            )
+    return config
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -89,21 +96,14 @@ def reference_model(trainer: PPOTrainer):
 
 
 @torch.no_grad()
-def continue_prompts(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+def completions_of(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[list[Any], list[list[int]]]:
     """(a completion of each row's prompt as the reward functions see it, its token ids), sampled as in training."""
-    args, tokenizer, device = trainer.args, trainer.processing_class, trainer.args.device
-    ends, padding = eos_ids(model, tokenizer), pad_id(tokenizer)
-    generation = args.generation_config(ends, padding)
+    args, written, ids = trainer.args, [], []
     vocab_size = trainer.scorer.shared_vocab(trainer.accelerator.unwrap_model(trainer.model))
-    written, ids = [], []
     for start in range(0, len(rows), args.per_device_eval_batch_size):
         batch = rows[start : start + args.per_device_eval_batch_size]
-        prompts = [row["prompt"] for row in batch]
-        templates = [template_arguments(row, args.chat_template_kwargs) for row in batch]
-        inputs = pad(encode_prompts(tokenizer, prompts, args.max_prompt_length, templates), padding)
-        prompt_ids, prompt_mask = (part.to(device) for part in inputs)
-        completions, _ = sample_completions(model, prompt_ids, prompt_mask, generation, vocab_size, tokenizer)
-        written += decode_completions(tokenizer, prompts, **vars(completions), eos_ids=ends)
+        completions, _, texts, _ = continue_prompts(model, batch, trainer.processing_class, args, vocab_size)
+        written += texts
         ids += [row[m].tolist() for row, m in zip(completions.completion_ids, completions.mask, strict=True)]
     return written, ids
 
@@ -149,10 +149,10 @@ def samples_table(trainer: Any) -> Table:
         torch.manual_seed(trainer.args.seed)
         if name == "reference":
             with reference_model(trainer) as model:
-                said[name] = continue_prompts(trainer, model, rows)
+                said[name] = completions_of(trainer, model, rows)
         else:
             with gathered(trainer.model_wrapped):
-                said[name] = continue_prompts(trainer, trainer.accelerator.unwrap_model(trainer.model), rows)
+                said[name] = completions_of(trainer, trainer.accelerator.unwrap_model(trainer.model), rows)
 
     table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
     for name in ("prompt", "the reference", "score", "the policy", "score"):

@@ -27,6 +27,7 @@ from filelock import FileLock
 from rich import print
 
 from klft.arguments import one_line_errors, parse_arguments
+from klft.exits import exit_codes
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 # Classes of transformers. The tokenizers come without a vocabulary: they learn one from the texts.
@@ -252,10 +253,11 @@ def ensure_world(cache_dir: Path | None = None, config: Path = CONFIG) -> Path:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:] if "--config" in sys.argv else [*sys.argv[1:], "--config", str(CONFIG)]
-    with one_line_errors():
-        (settings,) = parse_arguments((Settings,), arguments)
-    if settings.smoke:
-        settings.sizes = {"train": 300, "held_out": 200, "train_prompts": 40, "test_prompts": 10}
-        for model in (settings.reference, settings.reward_model):
-            model["training"]["max_steps"] = 2
-    build_world(settings)
+    with exit_codes():
+        with one_line_errors():
+            (settings,) = parse_arguments((Settings,), arguments)
+        if settings.smoke:
+            settings.sizes = {"train": 300, "held_out": 200, "train_prompts": 40, "test_prompts": 10}
+            for model in (settings.reference, settings.reward_model):
+                model["training"]["max_steps"] = 2
+        build_world(settings)
