@@ -220,11 +220,12 @@ def load_rewards(own: OwnArguments, args: "PPOConfig", rows: "Dataset") -> list[
 def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> "PPOTrainer":
     """Everything in a trainer, the cheap things first: what is wrong is said before a large model is loaded."""
     from ppo_files import CardPPOTrainer
-    from ppo_run import adapter_config
+    from ppo_run import adapter_config, no_bars_of_libraries, say_loading
 
     from klft.loading import load_model, load_tokenizer
     from klft.ppo import check_output_dir, finished_run
 
+    no_bars_of_libraries()
     check_own_with(args, own)
     check_output_dir(args)
     if own.smoke:
@@ -241,6 +242,7 @@ def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> 
     source = {"revision": model_args.model_revision, "trust_remote_code": own.trust_remote_code}
     tokenizer = load_tokenizer(name, "--model_name_or_path", **source)  # small, and it says when there is no such model
     rewards = load_rewards(own, args, train_prompts)
+    say_loading(name, args)
     policy = load_model(
         name,
         "--model_name_or_path",
@@ -306,7 +308,7 @@ def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
     trainer.add_callback(LogLines(folder / "log.jsonl"))
     command = next_command(trainer, str(model_args.model_name_or_path), own.trust_remote_code)
 
-    before, after = train(trainer, lambda *measured: card(said, found, measured, command))
+    before, after = train(trainer, lambda *measured: card(said, found, measured, trainer.state.log_history, command))
     print_results(trainer, console, before, after)
     count = write_samples(trainer, folder / "samples.jsonl")
     console.print(f"In {folder}: the policy, README.md, run.yaml, log.jsonl, and samples.jsonl ({count} completions).")

@@ -16,14 +16,14 @@ import trl
 import yaml
 from accelerate.utils import gather_object
 from ppo_options import QUANTISATION
-from ppo_run import KL, SCORE, completions_of
+from ppo_run import CURVE, KL, SCORE, completions_of, curve
 from transformers import TrainerCallback, TrainingArguments
 
 import klft
 from klft import AdapterReference, PPOConfig, PPOTrainer
 from klft.arguments import fits, hints
 from klft.parallel import gathered
-from klft.writing import atomic_write
+from klft.writing import atomic_write, two_digits
 
 SAMPLED = 64  # training prompts that are continued where none are held out
 # What belongs to one start, to one machine, or to nobody else.
@@ -60,10 +60,15 @@ def as_yaml(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def again(path: Path) -> str:
+    """The command that runs the settings of a run.yaml again."""
+    return f"python recipes/ppo.py --config {shlex.quote(str(path))} --output_dir ANOTHER"
+
+
 def write_settings(path: Path, found: dict[str, Any]) -> None:
     """The settings as YAML that `recipes/ppo.py --config` takes."""
     head = "# The settings of this run. To run it again, from the folder it was started in:\n"
-    head += "#   python recipes/ppo.py --config run.yaml --output_dir ANOTHER\n"
+    head += f"#   {again(path)}\n"
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
     with atomic_write(path) as file:
         file.write((head + text).encode())
@@ -147,7 +152,11 @@ def next_command(trainer: PPOTrainer, reference: str, trust_remote_code: bool) -
 
 
 def card(
-    described: dict[str, str], settings: dict[str, Any], measured: tuple[dict[str, float], ...], command: str
+    described: dict[str, str],
+    settings: dict[str, Any],
+    measured: tuple[dict[str, float], ...],
+    history: list[dict],
+    command: str,
 ) -> str:
     """README.md of output_dir: what was trained, against what, and what came of it. measured: (before, after)."""
     before, after = measured
@@ -161,9 +170,12 @@ def card(
     if before and after:
         results = (
             f"On {described['held out']} held-out prompts, sampled:\n\n| | before | after |\n|---|---|---|\n"
-            f"| mean score | {before[SCORE]:.3f} | {after[SCORE]:.3f} |\n"
-            f"| exact reverse KL to the reference, nats per sequence | {before[KL]:.3f} | {after[KL]:.3f} |"
+            f"| mean score | {two_digits(before[SCORE])} | {two_digits(after[SCORE])} |\n"
+            f"| exact reverse KL to the reference, nats per sequence "
+            f"| {two_digits(before[KL])} | {two_digits(after[KL])} |"
         )
+    lines = [CURVE, ["---:"] * len(CURVE), *curve(history)]
+    course = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     versions = f"klft {klft.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
     versions += f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"""---
@@ -178,8 +190,12 @@ def card(
 
 {results}
 
-Run again: `python recipes/ppo.py --config run.yaml --output_dir ANOTHER` ([run.yaml](run.yaml) has all settings,
-`log.jsonl` every log). Where in the text the policy and its reference part:
+In training, on each rollout's own prompts (KL in nats per sequence):
+
+{course}
+
+Run again: `{again(Path(settings["output_dir"]) / "run.yaml")}` ([run.yaml](run.yaml) has all settings, `log.jsonl`
+every log). Where in the text the policy and its reference part:
 
 ```
 {command}

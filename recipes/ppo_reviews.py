@@ -59,7 +59,7 @@ def check_own(script: RecipeArguments, model_args: ModelConfig) -> None:
 
 def prepare(script: RecipeArguments, args: "PPOConfig", model_args: ModelConfig) -> "PPOTrainer":
     """Load everything into a trainer. What can be wrong with the arguments goes wrong here, before any training."""
-    from ppo_run import adapter_config, check_processes
+    from ppo_run import adapter_config, check_processes, no_bars_of_libraries, say_loading
     from reviews import ensure_world
 
     from klft import PPOTrainer
@@ -67,6 +67,7 @@ def prepare(script: RecipeArguments, args: "PPOConfig", model_args: ModelConfig)
     from klft.loading import load_model, load_tokenizer
     from klft.ppo import check_output_dir, finished_run
 
+    no_bars_of_libraries()
     check_processes(script.processes, args.world_size)
     check_used(NO_USE, args)
     if script.smoke:
@@ -95,6 +96,7 @@ def prepare(script: RecipeArguments, args: "PPOConfig", model_args: ModelConfig)
         evaluation_prompts = read_prompts(str(world / "prompts_test.jsonl"))
     # There is no reference among the arguments: PPOTrainer keeps a frozen copy of the model, or with --use_peft
     # switches the adapter off.
+    say_loading(name, args)
     policy = load_model(
         name,
         is_trainable=True,  # of an adapter that is trained on

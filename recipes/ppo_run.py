@@ -2,11 +2,15 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
+import transformers
+from ppo_trackers import group_charts, send_page
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerState
@@ -55,6 +59,19 @@ def adapter_config(model_args: ModelConfig, policy: torch.nn.Module) -> Any:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def no_bars_of_libraries() -> None:
+    """Loading and saving show no bars of their own: they would stand between the lines of a run."""
+    warnings.simplefilter("ignore", FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+def say_loading(name: str, args: PPOConfig) -> None:
+    """Name what is being loaded: a large model takes minutes."""
+    if args.process_index == 0:
+        print(f"loading {name}", flush=True)
+
+
 def console_of(trainer: Any) -> Console:
     """A console that prints from the first process only."""
     return Console(quiet=not trainer.is_world_process_zero(), markup=False, highlight=False, soft_wrap=True)
@@ -68,8 +85,12 @@ def train(
     All processes evaluate, train and save together. `card`: the text of README.md, from both metrics.
     """
     args = trainer.args
+    group_charts(trainer)
+    if trainer.eval_dataset:
+        console_of(trainer).print(f"measuring {len(trainer.eval_dataset)} held-out prompts before training")
     before = trainer.evaluate() if trainer.eval_dataset else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    send_page(trainer)
     after = trainer.evaluate() if trainer.eval_dataset else {}
     if card is not None:
         trainer.card = card(before, after)  # also what a push to the hub takes along
@@ -167,20 +188,29 @@ def samples_table(trainer: Any) -> Table:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def kl_table(history: list[dict]) -> Table:
-    """Score, KL and its estimators by step, at most TABLE_ROWS rows; the last one is always among them."""
-    table = Table(title="score, and KL to the reference in nats per sequence")
-    for name in ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens"):
-        table.add_column(name, justify="right")
+CURVE = ("step", "score", "reverse KL", "forward KL", "k1", "k3", "coef", "tokens")
 
+
+def curve(history: list[dict]) -> list[list[str]]:
+    """Score, KL and its estimators by step, as CURVE names them: at most TABLE_ROWS rows, the last one among them."""
     logs = [log for log in history if "kl/sequence/reverse/mean" in log]
-    stride = len(logs) // TABLE_ROWS + 1
+    stride, rows = len(logs) // TABLE_ROWS + 1, []
     for log in reversed(logs[::-1][::stride]):  # every stride-th log, counted from the last
         # The logs have nats per token; times tokens per completion they are nats per sequence.
         length = log["completions/mean_length"]
         kls = [log[f"kl/{name}/mean"] * length for name in ("reverse", "forward", "k1", "k3")]
         numbers = [log.get("reward/score/mean", math.nan), *kls, log["kl/coef"]]
-        table.add_row(str(log["step"]), *map(two_digits, numbers), f"{length:.1f}")
+        rows.append([str(log["step"]), *map(two_digits, numbers), f"{length:.1f}"])
+    return rows
+
+
+def kl_table(history: list[dict]) -> Table:
+    """The curve as a table for the terminal."""
+    table = Table(title="score, and KL to the reference in nats per sequence")
+    for name in CURVE:
+        table.add_column(name, justify="right")
+    for row in curve(history):
+        table.add_row(*row)
     return table
 
 

@@ -60,8 +60,8 @@ class RolloutProgress(ProgressCallback):
         kl = logs.get(f"kl/sequence/{args.kl_direction}/mean")
         if not state.is_world_process_zero or kl is None:
             return
-        numbers = {"score": logs.get("reward/score/mean"), "KL": kl, "coef": logs["kl/coef"]}
-        said = ", ".join(f"{name} {two_digits(n):>7}" for name, n in numbers.items() if n is not None)
+        score = f"score {two_digits(logs['reward/score/mean']):>5}, " if "reward/score/mean" in logs else ""
+        said = f"{score}KL {two_digits(kl):>7} nats, coef {two_digits(logs['kl/coef'])}"
         speed = f"{logs['tokens_per_second']:.0f} tokens/s, " if "tokens_per_second" in logs else ""
         seconds = ", ".join(f"{name} {two_digits(self._seconds[name])}" for name in phases)
         self._say(f"step {state.global_step:>{len(str(state.max_steps))}}: {said}; {speed}seconds: {seconds}")

@@ -41,7 +41,7 @@ def test_a_line_per_rollout_without_a_bar(direction, terminal, tmp_path, capsys,
     logs = [log for log in run.state.log_history if "loss" in log]
     for line, log in zip(lines, logs[::2], strict=True):  # a rollout is in the log of its first step
         numbers = [log["reward/score/mean"], log[f"kl/sequence/{direction}/mean"], 0.25]
-        shown = re.match(r"step (\d): score +(\S+), KL +(\S+), coef +(\S+); \d+ tokens/s, ", line)
+        shown = re.match(r"step (\d): score +(\S+), KL +(\S+) nats, coef +(\S+); \d+ tokens/s, ", line)
         assert shown is not None
         assert list(shown.groups()) == [str(log["step"]), *map(two_digits, numbers)]
     assert float(numbers[1]) > 0

@@ -12,6 +12,8 @@ from support import tiny
 from support.processes import launch
 from support.recipes import RECIPES, error_of
 
+from klft.writing import two_digits
+
 REWARD = """
 def w5(prompts, completions, answer, **_):
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -127,7 +129,20 @@ def test_texts_and_two_rewards(run, world, tmp_path, monkeypatch, capsys):
     kl, score = (evaluations[1][f"eval_{name}/mean"] for name in ("kl/sequence/reverse", "reward/score"))
     assert kl > 0
     card = (out / "README.md").read_text()
-    for part in (f"| {score:.3f} |", f"| {kl:.3f} |", "k1 in the reward", "run.yaml", "judge_of_words:short"):
+    rollouts = [log for log in logs if "kl/coef" in log]
+    course = [f"| {log['step']} | {two_digits(log['reward/score/mean'])} | " for log in rollouts]
+    assert len(course) == 2
+    again = f"python recipes/ppo.py --config {out}/run.yaml --output_dir ANOTHER"
+    assert again in (out / "run.yaml").read_text()
+    for part in (
+        f"| {two_digits(score)} |",
+        f"| {two_digits(kl)} |",
+        *course,
+        again,
+        "k1 in the reward",
+        "run.yaml",
+        "judge_of_words:short",
+    ):
         assert part in card
 
     # Held-out prompts are none of those that were trained on, and the same ones every time.
