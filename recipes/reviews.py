@@ -178,6 +178,8 @@ def train_model(
         eval_dataset=datasets["held_out"],  # pyright: ignore[reportArgumentType]
         processing_class=tokenizer,
     )
+    if not sys.stderr.isatty():
+        trainer.remove_callback(hf.ProgressCallback)  # a bar in a file is a line per step
     trainer.train()
     trainer.save_model()
     return trainer.evaluate()["eval_loss"]
@@ -212,6 +214,7 @@ def build_world(settings: Settings) -> None:
     """Write the world into `output_dir`, a new folder, and print a summary."""
     world, sizes, seed = Path(settings.output_dir), settings.sizes, settings.training["seed"]
     world.mkdir(parents=True)
+    hf.logging.disable_progress_bar()  # those of loading and saving
     rng = random.Random(seed)  # of the texts
     hf.set_seed(seed)  # of the models
     reviews = write_reviews(settings.grammar, sizes, rng=rng)

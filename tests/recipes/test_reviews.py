@@ -167,3 +167,15 @@ def test_smoke(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "world" / "reference" / "config.json").exists()
+
+
+def test_an_interrupted_build_ends_in_one_line(tmp_path):
+    code = "import os, runpy, signal, sys\nimport transformers\n"
+    code += "def stop(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "transformers.set_seed = stop\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    arguments = [reviews.__file__, "--output_dir", str(tmp_path / "world"), "--smoke"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "\nerror: interrupted (Ctrl-C)\n"
