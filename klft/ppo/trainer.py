@@ -1,8 +1,7 @@
 """PPOTrainer: rollouts, rewards, the PPO loss and its KL penalty, on the frame of transformers.Trainer.
 
-The dataloader yields prompts; `training_step` makes a rollout when the last one is used up and otherwise takes the next
-micro-batch from it, so one optimizer step of the Trainer is one PPO minibatch: clipping, schedule, logging, saving,
-resuming and evaluation are the Trainer's. There is no training loop here and no wrapper around the model.
+The dataloader yields prompts; `training_step` makes a rollout when the last one is used up, else takes its next
+micro-batch, so one optimizer step of the Trainer is one PPO minibatch: all else is the Trainer's.
 """
 
 import os
