@@ -17,6 +17,7 @@ class TrainerTables:
     top_k = 5  # of what either model would rather have said
 
     def __init__(self, trainer: Any, output_dir: Path):
+        self.trainer = trainer
         self.accelerator, self.args, self.output_dir = trainer.accelerator, trainer.args, output_dir
         self.log = TokenKLLog(
             output_dir, getattr(trainer.processing_class, "tokenizer", trainer.processing_class),  # a processor has one

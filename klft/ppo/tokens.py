@@ -10,11 +10,12 @@ from klft.scores import TokenScores
 
 
 class TokenTables(TrainerTables):
-    """Every n-th rollout's tokens, prompts included."""
+    """Every n-th rollout's tokens, and the last one's, prompts included."""
 
     def due(self, step: int) -> bool:
         """Whether the rollout made at this optimizer step is to be kept."""
-        return (step // self.args.steps_per_rollout) % self.args.kl_log_tokens == 0
+        last = (self.trainer.state.max_steps - 1) // self.args.steps_per_rollout
+        return (rollout := step // self.args.steps_per_rollout) % self.args.kl_log_tokens == 0 or rollout == last
 
     def add(self, step: int, completions: Completions, kl: TokenKL, rewards: Tensor, advantages: Tensor) -> None:
         """Keep a rollout, [B, C] each. `step` is that of the first log its tokens are in."""

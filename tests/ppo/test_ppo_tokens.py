@@ -93,10 +93,15 @@ def test_the_page_and_the_statistics_count_completions_only(finished):
     assert stats.quantities["reverse"].count == (~frame.is_prompt).sum()
 
 
-def test_only_every_second_rollout(tmp_path):
+def test_every_second_rollout_and_the_last(tmp_path):
     tiny.trainer(tmp_path, max_steps=8, num_ppo_epochs=2, kl_log_tokens=2).train()
     names = sorted(p.name for p in (tmp_path / "kl").glob("*.parquet"))
-    assert names == ["tokens_000001-r0.parquet", "tokens_000005-r0.parquet"]
+    assert names == ["tokens_000001-r0.parquet", "tokens_000005-r0.parquet", "tokens_000007-r0.parquet"]
+
+
+def test_the_last_rollout_is_always_kept(tmp_path):
+    tiny.trainer(tmp_path, max_steps=4, kl_log_tokens=8).train()
+    assert sorted(p.name[7:13] for p in (tmp_path / "kl").glob("*.parquet")) == ["000001", "000004"]
 
 
 def test_nothing_is_written_by_default(tmp_path):
