@@ -91,7 +91,7 @@ class Metadata:
 
     `vocabulary` and `classes` hold text and class (one of TOKEN_CLASSES) of every id in token_id, top_ids and
     ref_top_ids, so that a reader needs no tokenizer. `total_sequences` is how many there were where the table holds
-    only a part of them, else None.
+    only a part of them, else None. `places`: where the text of each sample_id is from, such as "reviews.txt line 31".
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -103,6 +103,7 @@ class Metadata:
     vocabulary: dict[int, str] = field(default_factory=dict)
     classes: dict[int, str] = field(default_factory=dict)
     total_sequences: int | None = None
+    places: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(table: pa.Table, tokenizer: "PreTrainedTokenizerBase", **common: Any) -> "Metadata":
@@ -162,6 +163,7 @@ def read_records(source: str | os.PathLike | Sequence[str | os.PathLike]) -> tup
         _check_same(metadata[0], other, f"{files[0]} and {file}")
         joined.vocabulary = joined.vocabulary | other.vocabulary
         joined.classes = joined.classes | other.classes
+        joined.places = joined.places if other.places == joined.places else []
     totals = [other.total_sequences for other in metadata]
     if any(total is not None for total in totals):  # None: the table holds all of its sequences
         held = (len(table.group_by(list(SEQUENCE)).aggregate([])) for table in tables)
