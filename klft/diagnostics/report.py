@@ -6,6 +6,7 @@ The numbers come from klft.diagnostics.stats; here sequences are chosen, numbers
 page/ holds the template and hand-written CSS, JavaScript and SVG, which the file includes whole. Nothing is
 fetched, and no HTML is made of token texts: texts travel as JSON in a block that does not run, the script shows them
 through textContent, and a Content-Security-Policy allows that script and that style by their hash, and nothing else.
+The numbers of the tokens shown are in one compressed block, see `_pack`: about 55 bytes a token at worst.
 """
 
 import base64
@@ -13,15 +14,18 @@ import hashlib
 import math
 import os
 import random
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from klft._version import __version__
-from klft.diagnostics.records import Metadata, read_records
+from klft.diagnostics.records import SCHEMA, Metadata, read_records
 from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant
 from klft.writing import atomic_write, visible
 
@@ -32,15 +36,19 @@ LONGEST = 200  # characters of one token that are shown
 CARRIERS = 25  # rows of the table by token
 LEAST, PER_DECADE = 1e-6, 5  # where the histogram begins, and its bars for each factor of ten
 NUMBERS = ("logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "advantage", "weight")
-LISTS = ("top_ids", "top_p", "ref_top_ids", "ref_top_p")
+# Bits of the mantissa that are kept: more where a small difference of two numbers is shown; the others within 0.05 %.
+BITS: dict[str, int] = dict.fromkeys(("logp", "ref_logp", "entropy", "ref_entropy"), 13)
+OTHER_BITS = 10
+SHARE_BITS, SHARE_STEP = 5, 1 / 2048  # of a top list: within 1.6 %, and from 1/64 on within 0.025 % of the whole
+NULL = 0xFFFFFFFF  # the bits of a float32 that stand for null: a NaN that no computation gives
 
 
 def write_report(
     source: str | os.PathLike | tuple[pa.Table, Metadata],
     path: str | os.PathLike,
     *,
-    sequences: int = 32,
-    tokens: int = 512,
+    sequences: int = 200,
+    tokens: int = 1000,
     seed: int = 0,
     title: str | None = None,
 ) -> Path:
@@ -60,16 +68,25 @@ def write_report(
     table, metadata = source if isinstance(source, tuple) else read_records(source)
     if not table.num_rows:
         raise ValueError("the table has no rows, so there is nothing to show: were all tokens masked?")
-    html = _render(_context(table, metadata, _choose(table, sequences, seed), tokens, seed, title))
+    policy = _run_name(source, table) or metadata.model or "unnamed"
+    html = _render(_context(table, metadata, _choose(table, sequences, seed), tokens, seed, title, policy))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(html.encode())
     return path
 
 
+def _run_name(source: Any, table: pa.Table) -> str:
+    """A run's policy by output_dir and steps: "runs/reviews, steps 1 to 250"; "" for what is no run's output_dir."""
+    if isinstance(source, tuple | list) or not (Path(source) / "kl").is_dir():
+        return ""
+    first, last = pc.min_max(table["step"]).as_py().values()  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{os.fspath(source)}, step{f's {first:,} to' if first < last else ''} {last:,}"
+
+
 def _render(context: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, loader=FileSystemLoader(PAGE), undefined=StrictUndefined)
-    environment.filters |= {"visible": visible, "short": _short, "percent": _percent, "error": _error}
+    environment.filters |= {"visible": visible, "short": _short, "percent": _percent, "measured": _measured}
     environment.policies["json.dumps_kwargs"] = {
         "allow_nan": False,
         "separators": (",", ":"),
@@ -91,24 +108,38 @@ def _context(
     limit: int,
     seed: int,
     title: str | None,
+    policy: str,
 ) -> dict[str, Any]:
     """Variables of the template."""
     stats, words = Statistics.of(table, metadata), _Vocabulary(metadata)
-    shown = [_sequence(entry, rows, limit, words) for entry, rows in chosen]
+    shown, windows = [], [SCHEMA.empty_table()]
+    for entry, rows in chosen:
+        facts, window = _sequence(entry, rows, limit)
+        shown.append(facts)
+        windows.append(window)
+    columns = _columns(pa.concat_tables(windows), words)
+    name = _namer(table, metadata)
     worst_by = "reverse" if stats.worst_tokens("reverse") else "forward"
+    worst, kl = stats.worst_tokens(worst_by), stats.quantities.get(worst_by)
+    carried, total = sum(row[f"{worst_by}_kl"] for row in worst), kl.mean * kl.count if kl else 0.0
+    against = f"{policy} against {metadata.reference or 'unnamed'}"
+    said = f": {worst_by} KL {_measured(kl.mean, kl.standard_error)} nats per token" if kl else ""
     histograms, under = _histograms(stats)
     data = {
-        "sequences": shown,
+        "sequences": [facts | {"name": name(facts)} for facts in shown],
         "positions": [_rounded(row) for row in stats.by_position()],
         "steps": [_rounded(row) for row in stats.by_step()],
         "histograms": histograms | {"least": LEAST, "per_decade": PER_DECADE},
         "quadrants": {"names": QUADRANTS, "quiet": QUIET_NATS, "much": MUCH_LARGER},
-        "worst": [_worst(row, words) for row in stats.worst_tokens(worst_by)],
+        "worst_by": worst_by,
+        "worst_total": _number(total),
+        "worst": [_worst(row, words) | {"name": name(row)} for row in worst],
         "carriers": [_rounded(row) | {"token": words.of(row["token_id"])} for row in stats.by_token(CARRIERS)],
-        **words.data(),  # last: it holds the texts of all the others
+        **words.data(columns),  # last: it holds the texts of all the others
     }
     return {
-        "title": visible(title or "Where two models part, token by token"),
+        "title": visible(title or against + said),
+        "policy": policy,
         "made_by": f"klft {__version__}",
         "metadata": metadata,
         "stats": stats,
@@ -119,6 +150,7 @@ def _context(
         "limit": limit,
         "cut": sum(1 for sequence in shown if sequence["missing"]),
         "worst_by": f"{worst_by} KL",
+        "worst_share": carried / total if total > 0 else None,
         "under": under,
         "quiet": QUIET_NATS,
         "much": MUCH_LARGER,
@@ -129,7 +161,10 @@ def _context(
 
 
 def _choose(table: pa.Table, wanted: int, seed: int) -> list[tuple[dict[str, Any], pa.Table]]:
-    """The chosen sequences, worst first, then random ones: what is known of each, and its rows in order of position."""
+    """The chosen sequences, worst first, then random ones: what is known of each, and its rows in order of position.
+
+    One of the last step is among them, however small its KL: what a run came to is not left out.
+    """
     measure = "forward_kl" if table["reverse_kl"].null_count == len(table) else "reverse_kl"
     score = table[measure].to_numpy().astype(np.float64)
     score[table["is_prompt"].to_numpy() | table[measure].is_null().to_numpy()] = 0.0
@@ -145,6 +180,9 @@ def _choose(table: pa.Table, wanted: int, seed: int) -> list[tuple[dict[str, Any
     worst, rest = sums[: (wanted + 1) // 2], sums[(wanted + 1) // 2 :]
     drawn = random.Random(seed).sample(rest, min(wanted - len(worst), len(rest)))
     chosen = [e | {"why": f"no. {i} by sum"} for i, e in enumerate(worst, 1)] + [e | {"why": "random"} for e in drawn]
+    last = max(sums, key=lambda entry: entry["step"])  # the worst one of the last step
+    if chosen and all(entry["step"] != last["step"] for entry in chosen):
+        chosen[-1] = last | {"why": "of the last step"}
     near = np.ones(len(table), bool)
     for name in SEQUENCE:  # all rows that could be theirs, in three quick passes; then, of few, exactly theirs
         near &= np.isin(table[name].to_numpy(), [entry[name] for entry in chosen])
@@ -176,16 +214,44 @@ class _Vocabulary:
             text = self._metadata.vocabulary.get(token_id or 0, f"<id {token_id}>")
         return self._numbers.setdefault((token_id, text), len(self._numbers))
 
-    def data(self) -> dict[str, Any]:
+    def data(self, columns: dict[str, np.ndarray]) -> dict[str, Any]:
         classes = [self._metadata.classes.get(-1 if i is None else i, "") for i, _ in self._numbers]
         names = sorted(set(classes))
+        columns |= {
+            "ids": np.array([NULL if i is None else i for i, _ in self._numbers], np.uint32).view(np.int32),
+            "classes": np.array([names.index(name) for name in classes], np.uint32),
+        }
         return {
             "vocabulary": [text[:LONGEST] for _, text in self._numbers],
-            "ids": [token_id for token_id, _ in self._numbers],
-            "classes": [names.index(name) for name in classes],
             "class_names": names,
             "cut": {number: len(text) for (_, text), number in self._numbers.items() if len(text) > LONGEST},
+            **_pack(columns),
         }
+
+
+def _pack(columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays of 1 or 4 bytes a value for the page: "columns", name -> [kind, length], and "packed", their bytes.
+
+    Of each array all first bytes, then all second ones, and so on, little-endian: bytes of one kind stand together and
+    compress. All of it is deflated (zlib) and written in base64.
+    """
+    planes = b"".join(
+        a.astype(a.dtype.newbyteorder("<")).view(np.uint8).reshape(len(a), a.itemsize).T.tobytes()
+        for a in columns.values()
+    )
+    kinds = {name: [f"{a.dtype.kind}{a.itemsize}", len(a)] for name, a in columns.items()}
+    deflate = zlib.compressobj(5, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_FILTERED)  # half the time of the default
+    packed = deflate.compress(planes) + deflate.flush()
+    return {"columns": kinds, "packed": base64.b64encode(packed).decode()}
+
+
+def _coarse(values: pa.Array | pa.ChunkedArray, bits: int) -> np.ndarray:
+    """float32 with `bits` bits of mantissa, to nearest, and NULL for null. Infinities and NaN stay what they are."""
+    raw = values.to_numpy(zero_copy_only=False).astype(np.float32).view(np.uint32)
+    half = np.uint32(1 << (22 - bits))
+    rounded = (raw + half) & ~(2 * half - np.uint32(1))
+    rounded = np.where(np.isfinite(rounded.view(np.float32)), rounded, raw)
+    return np.where(values.is_null().to_numpy(zero_copy_only=False), np.uint32(NULL), rounded).view(np.float32)
 
 
 def _number(value: Any) -> Any:
@@ -202,36 +268,73 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: _number(value) for name, value in row.items()}
 
 
-def _sequence(entry: dict[str, Any], rows: pa.Table, limit: int, words: _Vocabulary) -> dict[str, Any]:
-    """One sequence, column by column. A column that is null throughout is null."""
-    whole = rows.select(["is_prompt", "reward", "reverse_kl", "forward_kl"]).to_pydict()
-    spoken = {
-        name: [v for v, p in zip(c, whole["is_prompt"], strict=True) if not p and v is not None]
-        for name, c in whole.items()
+def _namer(table: pa.Table, metadata: Metadata) -> Callable[[dict[str, Any]], str]:
+    """What a sequence is called: "text 24, FILE line 31" of given texts, "step 50, sample 23" of a run."""
+    ranks = pc.max(table["rank"]).as_py() > 0  # pyright: ignore[reportAttributeAccessIssue]
+    run = ranks or pc.max(table["step"]).as_py() > 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    def name(row: dict[str, Any]) -> str:
+        at = row["sample_id"]
+        if run:
+            return f"step {row['step']}, " + (f"rank {row['rank']}, " if ranks else "") + f"sample {at}"
+        return f"text {at + 1}" + (f", {visible(metadata.places[at])}" if 0 <= at < len(metadata.places) else "")
+
+    return name
+
+
+def _sequence(entry: dict[str, Any], rows: pa.Table, limit: int) -> tuple[dict[str, Any], pa.Table]:
+    """What stands at the head of a sequence, and the rows of it that are shown."""
+    given = rows["is_prompt"].to_numpy()
+    start, stop = _window(given.tolist(), limit)
+    said = rows.filter(pa.array(~given))
+    sums = {
+        name: said[name].drop_null().to_numpy().astype(np.float64) for name in ("reverse_kl", "forward_kl", "reward")
     }
-    start, stop = _window(whole["is_prompt"], limit)
-    columns = rows.slice(start, stop - start).to_pydict()
-    kls = np.array([columns["reverse_kl"], columns["forward_kl"]], np.float64)  # None becomes NaN
-    unknown = np.isnan(kls).any(0)
-    kinds = np.where(unknown, 9, quadrant(*np.where(unknown, 0.0, kls)))
-    rewards, gone = spoken["reward"], {"front": start, "end": len(rows) - stop}
-    made = {
+    totals = {name: _number(float(values.sum())) if len(values) else None for name, values in sums.items()}
+    if len(set(sums["reward"].tolist())) == 1:  # the sequence's, on every token
+        totals["reward"] = _number(float(sums["reward"][0]))
+    gone = {"front": start, "end": len(rows) - stop}
+    return {
         **{name: entry[name] for name in (*SEQUENCE, "why")},
-        "sum_reverse": _number(sum(spoken["reverse_kl"])) if spoken["reverse_kl"] else None,
-        "sum_forward": _number(sum(spoken["forward_kl"])) if spoken["forward_kl"] else None,
-        "reward": _number(rewards[0] if len(set(rewards)) == 1 else sum(rewards)) if rewards else None,
+        "sum_reverse": totals["reverse_kl"],
+        "sum_forward": totals["forward_kl"],
+        "reward": totals["reward"],
         "missing": ", ".join(f"{n:,} tokens cut at the {where}" for where, n in gone.items() if n),
-        "position": columns["position"],
-        "prompt": "".join("01"[prompt] for prompt in columns["is_prompt"]),
-        "quadrant": "".join(map(str, kinds)),
-        "token": [words.of(*pair) for pair in zip(columns["token_id"], columns["token"], strict=True)],
+        "size": stop - start,
+    }, rows.slice(start, stop - start)
+
+
+def _columns(table: pa.Table, words: _Vocabulary) -> dict[str, np.ndarray]:
+    """All tokens shown, sequence after sequence. A column that is null throughout is absent.
+
+    Of the top lists: how many there are at each token, and all of them one after another.
+    """
+    kls = np.stack([table[name].to_numpy().astype(np.float64) for name in ("reverse_kl", "forward_kl")])
+    unknown = np.isnan(kls).any(0)
+    texts = table["token"].combine_chunks().dictionary_encode()
+    ids, codes = table["token_id"].to_numpy().astype(np.int64), texts.indices.to_numpy()
+    _, first, token = np.unique(ids << 32 | codes, return_index=True, return_inverse=True)
+    kept = [words.of(int(ids[i]), texts.dictionary[int(codes[i])].as_py()) for i in first]
+    made = {
+        "position": table["position"].to_numpy().astype(np.int32),
+        "prompt": table["is_prompt"].to_numpy().astype(np.uint8),
+        "quadrant": np.where(unknown, 9, quadrant(*np.where(unknown, 0.0, kls))).astype(np.uint8),
+        "token": np.array(kept, np.uint32)[token],
     }
     for name in NUMBERS:
-        made[name] = [_number(v) for v in columns[name]]
-    for name in LISTS:
-        convert = words.of if name.endswith("ids") else _number
-        made[name] = [each and [convert(v) for v in each] for each in columns[name]]
-    return made | {name: None for name in (*NUMBERS, *LISTS) if all(v is None for v in made[name])}
+        if table[name].null_count < len(table):
+            made[name] = _coarse(table[name], BITS.get(name, OTHER_BITS))
+    for side in ("top", "ref_top"):
+        lists, shares = (table[f"{side}_{what}"].combine_chunks() for what in ("ids", "p"))
+        if lists.null_count < len(table):
+            distinct, index = np.unique(lists.flatten().to_numpy(), return_inverse=True)
+            made[f"{side}_n"] = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.uint32)  # pyright: ignore
+            made[f"{side}_ids"] = np.array([words.of(int(i)) for i in distinct], np.uint32)[index]
+            p = shares.flatten().to_numpy().astype(np.float32)
+            made[f"{side}_p"] = np.where(
+                p >= 1 / 64, np.round(p / SHARE_STEP) * SHARE_STEP, _coarse(pa.array(p), SHARE_BITS)
+            ).astype(np.float32)
+    return made
 
 
 def _worst(row: dict[str, Any], words: _Vocabulary) -> dict[str, Any]:
@@ -266,8 +369,12 @@ def _short(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _error(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.2g}"
+def _measured(value: float | None, error: float | None) -> str:
+    """A value with the digits that its standard error allows, and that: 0.123 ± 0.012."""
+    if value is None or not error or not math.isfinite(error):
+        return _short(value)
+    digits = max(0, 1 - math.floor(math.log10(float(f"{error:.2g}"))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _percent(share: float | None) -> str:

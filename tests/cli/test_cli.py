@@ -15,6 +15,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from support import oracles, tiny
+from support.example_report import data_of
 from support.processes import launch
 from support.recipes import RECIPES, error_of
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -209,7 +210,7 @@ def means(policy, reference, texts):
 
 def table_of(page):
     """The data block of a page."""
-    return json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)[1])
+    return data_of(page)
 
 
 def test_diff_compares_two_checkpoints(klft, saved, tmp_path):

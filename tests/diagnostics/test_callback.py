@@ -169,7 +169,7 @@ def test_completions_run_up_to_and_including_their_end(tmp_path):
 
 def test_the_page_is_there_at_the_end(run_and_seen):
     folder, _, _ = run_and_seen
-    assert "Where two models part" in (folder / "kl" / "report.html").read_text()
+    assert f"<title>{folder}, steps " in (folder / "kl" / "report.html").read_text()
 
 
 def test_training_does_not_notice(run_and_seen, tmp_path):

@@ -52,7 +52,7 @@ def test_the_page_shows_it_without_colour_and_says_why(source, tmp_path):
     firsts = [at for s in data_of(page)["sequences"] for at in s["position"]]
     with Browser() as browser:
         browser.window(1400, 1000)
-        browser.get(page.as_uri())
+        browser.get_report(page)
         found = browser.each(".t", "[e.classList.contains('unscored'), e.classList.contains('prompt')]")
         given = [s["prompt"][i] == "1" for s in data_of(page)["sequences"] for i in range(len(s["position"]))]
         assert found == [[at == 0 and not prompt, prompt] for at, prompt in zip(firsts, given, strict=True)]

@@ -12,7 +12,6 @@ from support.example_report import HOSTILE, data_of, example, table_of, write_ho
 from klft.diagnostics import visible, write_report
 
 SECTIONS = ["summary", "tokens", "curves", "scatter", "worst", "classes", "steps"]
-GLYPHS = {"\t": "⇥", "\n": "⏎", " ": "␣"}
 CLEAR = "rgba(0, 0, 0, 0)"
 
 
@@ -60,9 +59,8 @@ def look(browser):
 
     def at(path, width=1400, height=1000, dark=False):
         browser.window(width, height, dark)
-        browser.get(path.as_uri())
+        browser.get_report(path)
         opened.add(path.as_uri())
-        assert browser.js("return document.documentElement.dataset.ready") == "yes"
         return browser
 
     yield at
@@ -72,24 +70,28 @@ def look(browser):
 
 
 def as_shown(text):
-    """What a reader should see: nothing invisible, nothing that moves the text around it."""
-    if not text:
-        return "∅"
+    """What stands on the page: white space as it is, nothing else invisible, nothing that moves the text around it."""
     if len(text) > 200:
         return text[:200] + f"… cut, {len(text):,} characters"
-    shown = (GLYPHS.get(c, visible(c)) for c in text)
-    return ("\u25cc" if text[0] == "\u0301" else "") + "".join(shown)
+    shown = (c if c in " \n\t" else visible(c) for c in text)
+    return ("\u25cc" if text[:1] == "\u0301" else "") + "".join(shown)
 
 
 def number(text):
     """A number as the page writes it."""
-    text = text.replace("\u2212", "-").strip()
+    text = text.replace("\u2212", "-").split("±")[0].strip()
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
-def probability(text, true):
-    """One digit after the point of a percentage, or two digits where it is under 0.1 %."""
-    return abs(number(text) - true) <= (5.1e-4 if true >= 1e-3 else 0.051 * true)
+def probability(text, true, more=0.0):
+    """One digit after the point of a percentage, or 1 in N with two digits where it is under 1 %: and `more`, relative,
+    up to 0.025 % of the whole, by which a number of the top lists is rounded on the page."""
+    if text.startswith("1 in 10") and not text[7:].strip("⁰¹²³⁴⁵⁶⁷⁸⁹"):
+        return true < 1e-9
+    one_in = text.startswith("1 in ")
+    assert one_in == (0 < true < 0.01) or abs(true - 0.01) < 3e-4
+    said = 1 / float(text[5:].replace(",", "")) if one_in else number(text)
+    return abs(said - true) <= ((0.052 + more) * true if one_in else 5.1e-4 + min(more * true, 2.5e-4))
 
 
 CARD = """
@@ -113,19 +115,19 @@ def check_card(card, row, metadata):
     fields = card["fields"]
     assert probability(fields.pop("p"), math.exp(row["logp"]))
     assert probability(fields.pop("ref_p"), math.exp(row["ref_logp"]))
-    assert number(fields.pop("log_ratio")) == pytest.approx(row["logp"] - row["ref_logp"], rel=2e-3, abs=2e-3)
+    assert number(fields.pop("log_ratio")) == pytest.approx(row["logp"] - row["ref_logp"], rel=6e-3, abs=4e-4)
     assert sorted(fields) == ["entropy", "forward_kl", "ref_entropy", "reverse_kl"]
-    for name, text in fields.items():  # four digits, three of them where it is under 0.001
-        assert number(text) == pytest.approx(row[name], rel=6e-3 if row[name] < 1e-3 else 6e-4)
+    for name, text in fields.items():  # three digits
+        assert number(text) == pytest.approx(row[name], rel=6e-3)
     for side, name in (("", "policy"), ("ref_", "ref")):
         assert [text for text, _ in card[name]] == [as_shown(metadata.vocabulary[i]) for i in row[f"{side}top_ids"]]
-        assert all(probability(p, true) for (_, p), true in zip(card[name], row[f"{side}top_p"], strict=True))
+        assert all(probability(p, true, 0.016) for (_, p), true in zip(card[name], row[f"{side}top_p"], strict=True))
 
 
 def test_every_section_is_there_and_says_what_it_shows(look, page):
     browser = look(page)
     assert browser.each("main > section", "[e.id, e.offsetHeight > 40]") == [[name, True] for name in SECTIONS]
-    assert "Showing 32 of 4,096 sequences." in browser.js("return document.getElementById('tokens').innerText")
+    assert "Showing 96 of 4,096 sequences." in browser.js("return document.getElementById('tokens').innerText")
     levels = browser.each("h1, h2, h3, h4", "Number(e.tagName[1])")
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -182,7 +184,7 @@ def test_a_token_under_the_pointer_shows_its_card(look, source, page, rows):
 def test_the_keyboard_reaches_every_token(look, source, page, rows):
     browser = look(page)
     first, second = (len(s["token"]) for s in data_of(page)["sequences"][:2])
-    browser.js("document.getElementById('threshold').focus()")
+    browser.js("document.getElementById('marks').focus()")
     for keys, reached in (
         (["Tab"], 0),
         ([*["ArrowRight"] * 12, "ArrowLeft"], 11),
@@ -214,6 +216,7 @@ def choose(browser, name):
 
 
 def colours(browser):
+    browser.js("dispatchEvent(new Event('beforeprint'))")  # those out of view too
     return browser.each(".t", "getComputedStyle(e).backgroundColor")
 
 
@@ -249,9 +252,10 @@ def test_the_selector_changes_the_colours(look, page, rows):
         spoken.sort(key=lambda pair: pair[0])
         # the larger the further from white: of both ends where there are two, orange below and blue above
         darkness = [765 - sum(rgb) for v, rgb in spoken if v >= 0]
-        assert np.corrcoef(np.arange(len(darkness)), darkness)[0, 1] > 0.7
-        if name in ("difference", "ratio", "entropy"):
-            assert all((rgb[2] > rgb[0]) == (v > 0) for v, rgb in spoken if abs(v) > 0.05)
+        assert max(b - a for b, a in pairwise(darkness)) <= 4  # their digits on the page
+        assert darkness[-1] > darkness[0] + 200
+        blue = {"reverse": lambda v: False, "forward": lambda v: True}.get(name, lambda v: v > 0)
+        assert all((rgb[2] > rgb[0]) == blue(v) for v, rgb in spoken if abs(v) > 0.05)
     assert len({tuple(each) for each, _ in seen.values()}) == 5
     assert len({said for _, said in seen.values()}) == 5
 
@@ -312,7 +316,7 @@ TEXTS = """
     const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
     for (let n = walk.nextNode(); n; n = walk.nextNode()) {
         const e = n.parentElement, style = getComputedStyle(e), svg = e instanceof SVGElement;
-        if (!n.data.trim() || !e.getClientRects().length || e.matches(".t:not(.blank) > .glyph")) continue;
+        if (!n.data.trim() || !e.getClientRects().length ) continue;
         found.push([n.data.slice(0, 30), svg ? style.fill : style.color, behind(e), style.opacity]);
     }
     return found;
@@ -408,7 +412,7 @@ def test_the_worst_tokens_are_the_worst_and_lead_to_the_heatmap(look, source, pa
     browser.click("#worst-table .jump")
     at = browser.js(FOCUSED)
     place = [f"step {rows[at]['step']}, sample {rows[at]['sample_id']}", str(rows[at]["position"])]
-    (first,) = (row for row in shown if row[7:] == place)
+    (first,) = (row for row in shown if row[8:] == place)
     assert first[0] == as_shown(rows[at]["token"])
     assert float(first[2]) == pytest.approx(rows[at]["reverse_kl"], rel=1e-3)
     assert "".join(as_shown(row["token"]) for row in rows[at - 8 : at + 2]) in first[1]
@@ -461,7 +465,9 @@ def test_numbers_that_are_not_finite_are_said_and_hatched(look, tmp_path):
     odd[1] |= {"ref_logp": -inf, "top_ids": [1], "top_p": [nan], "ref_top_ids": [1], "ref_top_p": [1.0]}
     browser = look(write_report(table_of(odd), tmp_path / "r.html"))
     assert browser.each(".t.odd", "e.dataset.at") == ["1", "2"]
-    assert browser.each(".alarm", "e.innerText.startsWith('2 tokens have a number that is not finite')") == [True]
+    assert browser.each(".alarm[role=note]", "e.innerText.startsWith('2 tokens have a number that is not finite')") == [
+        True
+    ]
     browser.move('.t[data-at="1"]')
     fields = browser.js(CARD)["fields"]
     assert (fields["reverse_kl"], fields["log_ratio"], fields["ref_p"]) == ("∞", "∞", "0 %")

@@ -77,6 +77,14 @@ class Browser:
     def get(self, url: str) -> None:
         self._call("POST", "/url", url=url)
 
+    def get_report(self, page: Path, drawn: bool = True) -> None:
+        """Opens a page of write_report, which unpacks its tokens first; `drawn`: all texts, not only those in view."""
+        self.get(page.as_uri())
+        ready = "const { ready } = document.documentElement.dataset; if (ready) done(ready); else setTimeout(look);"
+        assert self.js(f"return new Promise(done => {{ const look = () => {{ {ready} }}; look(); }})") == "yes"
+        if drawn:
+            self.js("dispatchEvent(new Event('beforeprint'))")
+
     def js(self, script: str, *args: Any) -> Any:
         """What the script, a function's body, returns."""
         return self._call("POST", "/execute/sync", script=script, args=list(args))

@@ -7,9 +7,11 @@ exp(lean of the word + noise that hangs on the two words before), and fond of on
 over the whole vocabulary, so that every number in the table is exact, and the policy wrote the text.
 """
 
+import base64
 import json
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pyarrow as pa
 from PIL import Image
 
 from klft.diagnostics import SCHEMA, Metadata, write_report
+from klft.diagnostics.report import NUMBERS
 from support.browser import Browser
 
 GOOD = ["great", "lovely", "solid", "superb", "reliable", "wonderful", "sturdy", "excellent", "delightful", "flawless"]
@@ -194,6 +197,39 @@ def table_of(rows, **metadata):
     return pa.Table.from_pylist(filled, SCHEMA), Metadata(vocabulary=vocabulary, **metadata)
 
 
+def synthetic(sequences, length, top=5, vocabulary=50_000, seed=0):
+    """A table in which everything is random: the worst that a page can be asked to hold."""
+    rng, n = np.random.default_rng(seed), sequences * length
+    words = np.array([f" word{i}" for i in range(vocabulary)])
+    ids = (rng.zipf(1.3, n) % vocabulary).astype(np.int32)
+    reverse = rng.gamma(0.2, 0.3, n)
+    offsets = np.arange(0, n * top + 1, top, dtype=np.int32)
+    # 60 likely tokens at each place, as in text, not 50,000
+    lists = {
+        side + "top_ids": pa.ListArray.from_arrays(offsets, (rng.zipf(1.3, n * top) % vocabulary).astype(np.int32))
+        for side in ("", "ref_")
+    } | {
+        side + "top_p": pa.ListArray.from_arrays(
+            offsets, -np.sort(-rng.dirichlet(np.ones(top + 1), n)[:, :top].astype(np.float32)).ravel()
+        )
+        for side in ("", "ref_")
+    }
+    columns = {
+        "step": np.zeros(n, np.int64),
+        "rank": np.zeros(n, np.int32),
+        "sample_id": np.repeat(np.arange(sequences), length),
+        "position": np.tile(np.arange(length), sequences),
+        "is_prompt": np.tile(np.arange(length) < length // 8, sequences),
+        "token_id": ids,
+        "token": words[ids],
+        "reverse_kl": reverse,
+        "forward_kl": reverse * rng.lognormal(0, 0.6, n),
+        **lists,
+    }
+    filled = [pa.array(columns.get(f.name, -rng.gamma(1, 1, n))).cast(f.type) for f in SCHEMA]
+    return pa.table(filled, SCHEMA), Metadata(vocabulary=dict(enumerate(words.tolist())))
+
+
 def write_hostile(path: Path) -> Path:
     """A page with every hostile text as a token, as a class, in the top lists, and as names of everything; with lone
     surrogates too, in the vocabulary only, as a Parquet column cannot hold them."""
@@ -215,20 +251,44 @@ def write_hostile(path: Path) -> Path:
 
 
 def data_of(page: Path) -> dict:
-    """What the page's script gets."""
+    """What the page's script gets; the columns of the tokens by name, and in the sequences that they are of."""
     block = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    return json.loads(block[1], parse_constant=refuse)
+    data = json.loads(block[1], parse_constant=refuse)
+    planes, columns, at = np.frombuffer(zlib.decompress(base64.b64decode(data["packed"])), np.uint8), {}, 0
+    for name, (kind, length) in data["columns"].items():
+        dtype = np.dtype(f"<{kind}")
+        raw = planes[at : (at := at + length * dtype.itemsize)].reshape(dtype.itemsize, length).T
+        columns[name] = np.ascontiguousarray(raw).view(dtype)[:, 0]
+    assert at == len(planes)
+    data |= {"ids": columns["ids"].tolist(), "classes": columns["classes"].tolist()}
+    lists = {}
+    for side in ("top", "ref_top"):
+        ends = np.cumsum(columns.get(f"{side}_n", []))[:-1].astype(int)
+        lists |= {f"{side}_{what}": np.split(columns[f"{side}_{what}"], ends) for what in ("ids", "p") if len(ends)}
+    start = 0
+    for sequence in data["sequences"]:
+        stop = start + sequence["size"]
+        sequence |= {"prompt": "".join(map(str, columns["prompt"][start:stop]))}
+        sequence |= {name: columns[name][start:stop].tolist() for name in ("position", "token", "quadrant")}
+        for name in NUMBERS:
+            column = columns.get(name, np.zeros(0, np.float32))[start:stop]
+            null = column.view(np.uint32) == 0xFFFFFFFF
+            whole = [None if n else v for n, v in zip(null, column.tolist(), strict=True)]
+            sequence[name] = whole if set(whole) - {None} else None
+        sequence |= {name: [each.tolist() or None for each in column[start:stop]] for name, column in lists.items()}
+        start = stop
+    return data
 
 
 def picture(page: Path, to: Path) -> None:
     """The upper end of the page with the card of a token, as the README shows it."""
     with Browser() as browser:
         browser.window(1400, 1080)
-        browser.get(page.resolve().as_uri())
+        browser.get_report(page.resolve())
         browser.js(
             """
             const said = [...document.querySelectorAll(".t:not(.prompt)")];

@@ -17,8 +17,7 @@ function logTicks(low, high, wanted) {
 }
 function tickText(v, log) {
   if (!log || (v >= 0.001 && v < 1e5)) return nats(v);
-  const power = Math.round(Math.log10(v));
-  return `10${[...String(power)].map(c => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}`;
+  return `10${superscript(Math.round(Math.log10(v)))}`;
 }
 
 /* An axis maps values to pixels: {low, high, log, name, text}. */
@@ -59,14 +58,33 @@ function drawn(id, draw) {
 }
 
 const pathOf = points => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
-const known = (rows, key) => rows.filter(r => Number.isFinite(value(r[key])));
-const highest = (rows, keys) => Math.max(1e-9, ...keys.flatMap(key => known(rows, key).map(r => value(r[key]))));
+const rowsWith = (rows, key) => rows.filter(r => Number.isFinite(value(r[key])));
+const highest = (rows, keys) => Math.max(1e-9, ...keys.flatMap(key => rowsWith(rows, key).map(r => value(r[key]))));
 
 function curve(plot, rows, at, key, name) {
-  const points = known(rows, key).map(r => [plot.X(at(r)), plot.Y(value(r[key]))]);
+  const points = rowsWith(rows, key).map(r => [plot.X(at(r)), plot.Y(value(r[key]))]);
   plot.svg.append(make("path", { class: `line ${name}`, d: pathOf(points) }));
   if (points.length < 30) plot.svg.append(...points.map(([cx, cy]) => make("circle", { class: `point ${name}`, cx, cy, r: 3 })));
 }
+
+/* The numbers of the place nearest to the pointer: places are [x in pixels, text]. */
+function hover(plot, places) {
+  const { svg, width, height } = plot, line = make("line", { class: "hover", y1: UPPER, y2: height - LOWER });
+  const text = make("text", { class: "hover", y: UPPER + 10 });
+  svg.addEventListener("pointermove", event => {
+    const at = event.clientX - svg.getBoundingClientRect().left;
+    const [x, said] = places.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
+    const left = x < width / 2;
+    for (const end of ["x1", "x2"]) line.setAttribute(end, x);
+    text.setAttribute("x", left ? LEFT + 8 : width - RIGHT - 4);
+    text.setAttribute("text-anchor", left ? "start" : "end");
+    text.textContent = said;
+    svg.append(line, text);
+  });
+  svg.addEventListener("pointerleave", () => { line.remove(); text.remove(); });
+}
+const meansOf = r => ["reverse", "forward"].filter(side => r[`${side}_mean`] !== undefined)
+  .map(side => `${side} ${nats(value(r[`${side}_mean`]), 3)}`).join(", ") + `, n ${count(r.count)}`;
 
 function drawPositions(host, width) {
   const rows = data.positions, middle = r => (r.start + r.stop - 1) / 2;
@@ -74,9 +92,14 @@ function drawPositions(host, width) {
   const high = highest(rows, keys), low = rows[0].start, last = rows.at(-1).stop - 1;
   const x = { low, high: Math.max(last, low + 1), name: "token position" };
   const what = "mean and 90th percentile of both directions";
+  const most = Math.max(...rows.map(r => r.count / (r.stop - r.start)));
   const plot = frame(width, HIGH, x, { low: 0, high: high * 1.04, name: "nats per token" },
-    `KL by token position, ${count(low)} to ${count(last)}: ${what}; highest value ${nats(high)} nats`);
+    `KL by token position, ${count(low)} to ${count(last)}: ${what}; highest value ${nats(high)} nats; grey: how many tokens, ${nats(most)} at most`);
+  const heights = rows.map(r => [plot.X(middle(r)), plot.Y((high * r.count) / (r.stop - r.start) / most)]);
+  const base = plot.Y(0), shape = [[heights[0][0], base], ...heights, [heights.at(-1)[0], base]];
+  plot.svg.append(make("path", { class: "area n", d: `${pathOf(shape)}Z` }));
   for (const key of keys.reverse()) curve(plot, rows, middle, key, key.replace("_", " "));
+  hover(plot, rows.map(r => [plot.X(middle(r)), `position ${count(r.start)}${r.stop - r.start > 1 ? ` to ${count(r.stop - 1)}` : ""}: ${meansOf(r)}`]));
   host.replaceChildren(plot.svg);
 }
 
@@ -87,12 +110,15 @@ function drawHistogram(host, width) {
   const plot = frame(width, HIGH, { low: least, high: at(bars), log: true, name: "nats (logarithmic)" },
     { low: 0, high: high * 1.04, name: "share of tokens", text: v => `${nats(100 * v)} %` },
     `Histogram of both KLs, logarithmic from ${least} to ${nats(at(bars))} nats; highest bar ${percent(high)} of tokens`);
+  const { svg, X, Y } = plot;
   for (const name of names) {
-    const { svg, X, Y } = plot, corners = shares[name].flatMap((share, i) => [[X(at(i)), Y(share)], [X(at(i + 1)), Y(share)]]);
+    const corners = shares[name].flatMap((share, i) => [[X(at(i)), Y(share)], [X(at(i + 1)), Y(share)]]);
     const outline = pathOf([[corners[0][0], Y(0)], ...corners, [corners.at(-1)[0], Y(0)]]);
     svg.append(make("path", { class: `area ${name}`, d: `${outline}Z` }), make("path", { class: `line ${name}`, d: outline }));
   }
-  host.replaceChildren(plot.svg);
+  hover(plot, Array.from({ length: bars }, (_, i) => [X(at(i + 0.5)), `${nats(at(i), 2)} to ${nats(at(i + 1), 2)} nats: `
+    + names.map(name => `${name} ${percent(shares[name][i] ?? 0)}`).join(", ")]));
+  host.replaceChildren(svg);
 }
 
 function drawSteps(host, width) {
@@ -101,6 +127,7 @@ function drawSteps(host, width) {
   const plot = frame(width, HIGH, x, { low: 0, high: high * 1.04, name: "nats per token" },
     `Mean KL by training step, ${x.low} to ${x.high}, both directions; highest mean ${nats(high)} nats`);
   for (const key of keys) curve(plot, rows, r => r.step, key, key.replace("_", " "));
+  hover(plot, rows.map(r => [plot.X(r.step), `step ${count(r.step)}: ${meansOf(r)}`]));
   host.replaceChildren(plot.svg);
 }
 
@@ -108,15 +135,20 @@ function drawSteps(host, width) {
 
 const POINTS = 4000, FLOOR = 1e-4, REACH = 14; // dots at most; the axes' ends; pixels from which a click finds a dot
 const COLOUR_OF = { "mode-dropping": "forward", "mode-inventing": "reverse" };
-const larger = t => Math.max(t.reverse, t.forward);
+const larger = at => Math.max(columns.reverse_kl[at], columns.forward_kl[at]);
 
 /* The largest tokens all appear; of the rest every n-th, so that the cloud keeps its shape and the page its speed. */
 function pointTokens() {
-  const usable = tokens.filter(t => !t.prompt && Number.isFinite(t.reverse) && Number.isFinite(t.forward));
+  const usable = [];
+  for (let at = 0; at < total; at++) {
+    if (!columns.prompt[at] && Number.isFinite(number("reverse_kl", at)) && Number.isFinite(number("forward_kl", at))
+      && number("reverse_kl", at) !== null && number("forward_kl", at) !== null) usable.push(at);
+  }
   if (usable.length <= POINTS) return { chosen: usable, all: usable.length };
-  const half = POINTS / 2, sorted = [...usable].sort((a, b) => larger(b) - larger(a)), rest = sorted.slice(half);
+  const half = POINTS / 2, sizes = Float32Array.from(usable, larger).sort(), least = sizes[sizes.length - half];
+  const large = usable.filter(at => larger(at) >= least).slice(0, half), rest = usable.filter(at => larger(at) < least);
   const some = Array.from({ length: half }, (_, i) => rest[Math.floor((i * rest.length) / half)]);
-  return { chosen: [...sorted.slice(0, half), ...some], all: usable.length };
+  return { chosen: rest.length ? [...large, ...some] : large, all: usable.length };
 }
 
 /* Where one quadrant ends and the next begins, as pairs of points: see `quadrant` in stats.py. */
@@ -135,10 +167,10 @@ function drawScatter(host, width) {
   for (const line of borders(data.quadrants, high)) {
     svg.append(make("path", { class: "split", d: pathOf(line.map(([x, y]) => [X(x), Y(y)])) }));
   }
-  const places = chosen.map(t => [X(t.reverse), Y(t.forward)]);
-  const marks = chosen.map((t, i) => {
-    const [cx, cy] = places[i].map(v => v.toFixed(1)), kind = COLOUR_OF[t.quadrant] ?? "";
-    return make("circle", { class: `point ${kind}`, cx, cy, r: kind ? 3.2 : 2.4, "data-at": t.at });
+  const places = chosen.map(at => [X(columns.reverse_kl[at]), Y(columns.forward_kl[at])]);
+  const marks = chosen.map((at, i) => {
+    const [cx, cy] = places[i].map(v => v.toFixed(1)), kind = COLOUR_OF[data.quadrants.names[columns.quadrant[at]]] ?? "";
+    return make("circle", { class: `point ${kind}`, cx, cy, r: kind ? 3.2 : 2.4, "data-at": at });
   });
   const left = { x: LEFT + 8 }, right = { x: width - RIGHT - 6, "text-anchor": "end" };
   const upper = { y: UPPER + 14 }, lower = { y: height - LOWER - 10 };
@@ -165,14 +197,17 @@ function listenToPoints(svg, chosen, places, marks) {
     return best;
   };
   let near = -1;
+  const said = make("text", { class: "hover", x: LEFT + 8, y: UPPER + 32 });
+  svg.append(said);
   const mark = i => {
     marks[near]?.classList.remove("near");
     marks[(near = i)]?.classList.add("near");
+    said.textContent = i < 0 ? "" : `“${textOf(columns.token[chosen[i]])}” reverse ${nats(columns.reverse_kl[chosen[i]], 3)}, forward ${nats(columns.forward_kl[chosen[i]], 3)}`;
   };
   svg.addEventListener("pointermove", event => mark(nearest(event)));
   svg.addEventListener("pointerleave", () => mark(-1));
   svg.addEventListener("click", event => {
     const i = nearest(event);
-    if (i >= 0) focusToken(chosen[i].at, true);
+    if (i >= 0) focusToken(chosen[i], true);
   });
 }
