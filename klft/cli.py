@@ -57,8 +57,8 @@ def options(
 def report(
     source: Annotated[Path, typer.Argument(help="A run's output_dir, a folder of Parquet files, or one file.")],
     output: Page = Path("report.html"),
-    sequences: Sequences = 32,
-    tokens: Tokens = 512,
+    sequences: Sequences = 200,
+    tokens: Tokens = 1000,
     seed: Seed = 0,
     opened: Opened = False,
 ) -> None:
@@ -81,7 +81,7 @@ def diff(
     column: Annotated[str | None, typer.Option(help="Default: text, or prompt and completion, or messages.")] = None,
     turns: Annotated[str, typer.Option(help="Assistant turns of a chat to score: last or all.")] = "last",
     output: Page = Path("diff.html"),
-    sequences: Sequences = 32,
+    sequences: Sequences = 200,
     save: Annotated[Path | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, and nothing else, on stdout.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary, and nothing else, on stdout.")] = False,
@@ -124,12 +124,19 @@ def diff(
             top_k=top_k, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision,
             ref_revision=ref_revision, hide_text=hide_text, track=_with_progress,
         )  # fmt: skip
+    comparison.metadata.places = _places(texts or dataset or "", len(given))
     write_report((comparison.table, comparison.metadata), output, sequences=sequences)  # before anything is printed
     if save:
         comparison.save(save)
     _print(comparison, as_json, as_markdown, full)
     _written(output, opened, sys.stderr if as_json or as_markdown else sys.stdout)
     _check_limit(comparison.mean_reverse_kl, fail_above)
+
+
+def _places(source: str, count: int) -> list[str]:
+    """Where each text is from: "reviews.txt line 31"."""
+    unit = "line" if source.endswith(".txt") else "row"
+    return [f"{Path(source).name} {unit} {i}" for i in range(1, count + 1)]
 
 
 def _check_outputs(page: Path, save: Path | None, both: bool, fail_above: float | None) -> None:

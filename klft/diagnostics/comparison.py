@@ -290,12 +290,18 @@ def compare(
     ref_name = f"{name} without its adapter" if reference is None else _label(reference, ref_revision)
     metadata = Metadata.of(table, tokenizer, temperature=temperature, model=name, reference=ref_name)
     if hide_text:
-        metadata.vocabulary = {token_id: f"<id {token_id}>" for token_id in metadata.vocabulary}
-        hidden = [f"<id {token_id}>" for token_id in table["token_id"].to_pylist()]
-        table = table.set_column(table.column_names.index("token"), "token", pa.array(hidden))
+        table = _without_text(table, metadata)
     chats = encoded.turns.values()
     counts = sum(len(chat.counted) for chat in chats), sum(chat.total for chat in chats)
     return Comparison(table, metadata, (turns, *counts) if chats else None)
+
+
+def _without_text(table: pa.Table, metadata: Metadata) -> pa.Table:
+    """Ids in the place of the tokens' texts, also in the vocabulary of `metadata`."""
+    metadata.vocabulary = {token_id: f"<id {token_id}>" for token_id in metadata.vocabulary}
+    hidden = [f"<id {token_id}>" for token_id in table["token_id"].to_pylist()]
+    at = table.column_names.index("token")
+    return table.set_column(at, table.schema.field(at), pa.array(hidden))
 
 
 def _label(given: Any, revision: str | None) -> str:

@@ -136,7 +136,8 @@ class PPOConfig(TrainingArguments):
     num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
 
     kl_log_tokens: int = field(
-        default=0, metadata={"help": "Write a token-level KL table of every so many rollouts, and a page; 0 = none."}
+        default=0,
+        metadata={"help": "Write a token-level KL table of every so many rollouts and the last; and a page. 0: none."},
     )
     overwrite_output_dir: bool = field(
         default=False,

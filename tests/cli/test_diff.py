@@ -9,6 +9,7 @@ import datasets
 import pytest
 import transformers
 from support import tiny
+from support.example_report import data_of
 from support.processes import environment
 
 import klft.cli
@@ -71,6 +72,12 @@ def test_eight_lines_and_the_page(klft_, tmp_path):
     assert "Largest reverse KL" in full
 
 
+def test_the_page_says_where_a_text_is_from(klft_, tmp_path):
+    (tmp_path / "some.txt").write_text("w3 w4 w5\n\nw6 w7 w8\n")
+    assert klft_("diff", "policy", "reference", "--texts", tmp_path / "some.txt")[0] == 0
+    assert "text 3, some.txt line 3" in str(data_of(tmp_path / "page.html"))
+
+
 def test_equal_models_agree(klft_):
     code, out, _ = klft_("diff", "policy", "policy", "--texts", "texts.txt", "--fail-above", 0)
     assert (code, out.splitlines()[0]) == (0, "the models agree on every token")
@@ -129,7 +136,8 @@ def test_hidden_texts_reach_no_output(klft_, tmp_path):
     arguments = ["diff", *CHATS, "--turns", "all", "--hide-text", "--save", tmp_path / "tokens.parquet"]
     made = [klft_(*arguments, *more)[1] for more in (["--full"], ["--json"], ["--markdown", "--full"])]
     table, metadata = read_records(tmp_path / "tokens.parquet")
-    for text in [*made, (tmp_path / "page.html").read_text(), str(table.to_pylist()), metadata.to_json()]:
+    page = str(data_of(tmp_path / "page.html"))  # what is packed in it
+    for text in [*made, (tmp_path / "page.html").read_text(), page, str(table.to_pylist()), metadata.to_json()]:
         assert not re.search(words, text), re.search(words, text)
     assert re.search(r"<id \d+>", made[0])
 

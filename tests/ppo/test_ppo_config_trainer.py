@@ -9,7 +9,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from klft import PPOConfig
 from klft.arguments import one_line_errors
-from klft.ppo.fields import VALIDATORS
+from klft.ppo.fields import choices
 
 
 def config(**more):
@@ -44,7 +44,8 @@ def test_a_similar_choice_is_named_and_survives_the_line(options, said, capsys, 
 
 def test_no_choice_of_the_trainers_is_left_out():
     made = TrainingArguments(output_dir="unused", use_cpu=True)
-    assert {name for name, value in vars(made).items() if isinstance(value, Enum)} == set(CHOICES) <= set(VALIDATORS)
+    assert {name for name, value in vars(made).items() if isinstance(value, Enum)} == set(CHOICES)
+    assert set(CHOICES) <= set(choices(TrainingArguments))
 
 
 @pytest.mark.parametrize("value", ["no", SaveStrategy.NO, "best"])

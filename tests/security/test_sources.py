@@ -16,6 +16,7 @@ NETWORK = {
 ALLOWED = {
     ("klft/loading.py", "urllib.request"),  # does the hub answer? asked for a model that is not on this machine
     ("klft/cli.py", "webbrowser"),  # --open
+    ("recipes/ppo_trackers.py", "wandb"),  # --report_to wandb
 }
 RUN = {"eval", "exec", "compile", "os.system", "os.popen"}
 YAML = {"yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all"}
