@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from klft.checks import models, training
 from klft.checks.setup import Check, Rollout, Setup, problem
 from klft.parallel import reshard
-from klft.references import Reference
+from klft.references import Reference, resolve_reference
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run_checks(setup: Setup, rollout: Rollout | None = None) -> list[Check]:
@@ -61,7 +61,7 @@ def raise_problems(checks: list[Check], where: str) -> None:
 
 def check_setup(
     policy: nn.Module,
-    reference: Reference,
+    reference: "Reference | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     optimizer: "Optimizer | None" = None,
@@ -73,7 +73,7 @@ def check_setup(
 
     Args:
         policy: as you call it, in the mode in which you compute its loss.
-        reference: a klft reference.
+        reference: a klft reference, or a model, which is checked as KLPenalty takes it.
         optimizer: made from the policy's weights.
         temperature: at which you score.
         starts_equal: True: the policy is where the reference is now, so that their KL must be 0; None: it came from
@@ -84,5 +84,7 @@ def check_setup(
     About ten forwards of three rows of 12 tokens. Nothing is changed. Returns the checks; those with status "problem"
     say what is wrong and what to do.
     """
+    if isinstance(reference, nn.Module):
+        reference = resolve_reference(reference, policy)
     setup = Setup(policy, reference, tokenizer, optimizer, temperature, starts_equal)
     return run_checks(setup, None if rollout is None else Rollout(**rollout))

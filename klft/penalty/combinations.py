@@ -22,7 +22,8 @@ def check_combination(direction: str, estimator: str, placement: str) -> None:
         ("placement", placement, PLACEMENTS),
     ):
         if value not in known:
-            raise ValueError(f"KLPenalty: unknown {name} {value!r}: choose one of {', '.join(known)}")
+            backward = " (the backward KL is 'reverse')" if value == "backward" else ""
+            raise ValueError(f"KLPenalty: unknown {name} {value!r}: choose one of {', '.join(known)}{backward}")
     if estimator != "exact" and (direction, estimator) not in ESTIMATORS:
         raise ValueError(f"there is no {estimator} of the {direction} KL; use k1, k3 or exact")
     if estimator == "k1" and placement != "reward":

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from klft.scores import TokenScores
+from klft.scores import TokenScores, kl_metrics
 from klft.writing import one_line
 
 TokenRule = Callable[[Tensor | None, Tensor, TokenScores], Tensor]
@@ -46,6 +46,10 @@ class TokenKL:
         tokens, total, *nats = torch.stack([self.counted.sum(), *sums]).float().tolist()  # a GPU is waited for once
         means = [f"{name} {x / total:.4g}" for name, x in zip(values, nats, strict=True) if total]
         return f"{said}, {tokens:.0f} of {logp.numel()} tokens count, mean nats: {', '.join(means) or 'none'}"
+
+    def metrics(self, all_processes: bool = False) -> dict[str, float]:
+        """The numbers to log: kl/reverse/mean, kl/sequence/reverse/mean, ... Nats; `all_processes`: see kl_metrics."""
+        return kl_metrics(self.scores, self.mask, weight=self.weight, all_processes=all_processes)
 
     def each(self) -> "list[tuple[float, TokenKL]]":
         """(weight, KL) of each reference; of one alone, this with weight 1."""

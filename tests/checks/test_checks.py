@@ -344,3 +344,12 @@ def of_processes():
 if __name__ == "__main__":
     of_processes()
     leave()
+
+
+def test_a_model_is_a_reference_too_but_not_the_policy_itself():
+    model, other = tiny.llama(0), tiny.llama(5)
+    found, expected = (check_setup(model, given, tiny.tokenizer()) for given in (other, FrozenReference(other)))
+    assert [(c.name, c.status) for c in found] == [(c.name, c.status) for c in expected]
+    with pytest.raises(ValueError, match="the reference is the policy itself"):
+        check_setup(model, model)
+    assert all(p.requires_grad for p in model.parameters())

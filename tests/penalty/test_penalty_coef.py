@@ -46,3 +46,8 @@ def test_both_are_refused_by_name():
 def test_a_number_that_is_no_coefficient_is_refused(coef):
     with pytest.raises(ValueError, match="coef must be a finite number >= 0"):
         KLPenalty(tiny.llama(5), coef=coef)
+
+
+def test_backward_is_told_its_name():
+    with pytest.raises(ValueError, match=r"unknown direction 'backward': .*\(the backward KL is 'reverse'\)"):
+        KLPenalty(tiny.llama(1), direction="backward")

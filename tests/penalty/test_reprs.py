@@ -77,6 +77,7 @@ def test_scores_say_which_fields_are_there():
 def test_a_kl_says_the_mean_that_is_logged(rule):
     _, kl = measured(token_rule=rule)
     logged = klft.kl_metrics(kl.scores, kl.mask, weight=kl.weight)
+    assert kl.metrics() == logged
     means = ", ".join(f"{name}_kl {logged[f'kl/{name}/mean']:.4g}" for name in ("reverse", "forward"))
     assert repr(kl) == f"TokenKL([2, 7], torch.float32, cpu, 7 of 14 tokens count, mean nats: {means})"
 

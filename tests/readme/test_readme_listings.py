@@ -1,8 +1,9 @@
-"""Two listings of the README do what they say: the one shown as a diff, and the loss without logits."""
+"""Two listings of the README do what they say: the loop of your own, and the loss without logits."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from support import tiny
 
@@ -10,56 +11,43 @@ import klft
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 LISTINGS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-(DIFF,) = re.findall(r"^```diff\n(.*?)^```", README, re.M | re.S)
+TWO = 'AutoModelForCausalLM.from_pretrained("my/causal-lm") for _ in range(2)'
 
 
-def batch(rows=4, length=10, prompt=3):
-    ids = torch.randint(3, tiny.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
-    completion_mask = torch.arange(length) >= prompt
-    completion_mask = completion_mask.expand(rows, length).clone()
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "completion_mask": completion_mask,
-        "advantages": torch.linspace(-1, 1, rows * length).view(rows, length),
-    }
-
-
-def test_the_listing_shown_as_a_diff():
-    added = "\n".join(line[2:] for line in DIFF.splitlines() if not line.startswith("-"))
-    model, ref_model = tiny.llama(0), tiny.llama(1)
-    model.train()
-    seen = {}
-
-    def my_policy_loss(logits, batch, rewards):
-        seen["rewards"] = rewards
-        logp = klft.token_logps(logits[:, :-1], batch["input_ids"][:, 1:])
-        return -(logp * rewards[:, 1:]).mean()
-
-    one = batch()
-    given = {
-        "klft": klft, "model": model, "ref_model": ref_model, "loader": [one], "my_policy_loss": my_policy_loss,
-        "completion_mask": one["completion_mask"], "scores": torch.ones(4),
-    }  # fmt: skip
-    exec(compile(added, "README.md (diff)", "exec"), given)
-    kl, coef = given["kl"], given["penalty"].coef
-    assert coef != 0.05, "the controller saw the batch"
-    expected = 1 - 0.05 * (kl.scores.logp - kl.scores.ref_logp)[one["completion_mask"]].view(4, -1).sum(1)
-    torch.testing.assert_close(seen["rewards"].sum(1), expected.detach())
-    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
-
-
-def test_the_gradient_of_the_fused_listing_is_that_of_dense_logits(tmp_path, monkeypatch):
-    (code,) = [code for code in LISTINGS if "fused_token_loss" in code]
-    for name, seed in {"policy": 0, "reference": 1}.items():  # the listing loads one model twice: a KL of 0
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a listing with two different models: it loads one twice, whose KL is 0."""
+    for name, seed in {"policy": 0, "reference": 1}.items():
         tiny.llama(seed, max_position_embeddings=64).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    two = 'AutoModelForCausalLM.from_pretrained("my/causal-lm") for _ in range(2)'
-    assert two in code
-    code = code.replace(two, 'AutoModelForCausalLM.from_pretrained(name) for name in ("policy", "reference")')
-    given: dict = {"__name__": "listing"}
-    exec(compile(code.replace("my/causal-lm", "policy"), "README.md", "exec"), given)
+
+    def run_listing(mark):
+        (code,) = [code for code in LISTINGS if mark in code]
+        assert TWO in code
+        code = code.replace(TWO, 'AutoModelForCausalLM.from_pretrained(name) for name in ("policy", "reference")')
+        given: dict = {"__name__": "listing"}
+        exec(compile(code.replace("my/causal-lm", "policy"), "README.md", "exec"), given)
+        return given
+
+    return run_listing
+
+
+def test_the_loop_of_ones_own_trains_on_the_score_less_the_kl(run):
+    given = run("penalty.rewards(")
+    kl, mask = given["kl"], given["completion_mask"]
+    assert mask.sum() == 8 * 16
+    k1 = torch.where(mask, kl.scores.logp - kl.scores.ref_logp, 0.0).detach()
+    assert k1.abs().sum() > 1
+    expected = given["scores"] - given["scores"].mean() - 0.05 * k1.sum(1)
+    torch.testing.assert_close(given["rewards"].sum(1), expected)
+    torch.testing.assert_close(given["returns"][:, 0], expected)
+    start = dict(tiny.llama(0, max_position_embeddings=64).named_parameters())
+    assert all((p - start[name]).abs().max() > 1e-6 for name, p in given["model"].named_parameters())
+
+
+def test_the_gradient_of_the_fused_listing_is_that_of_dense_logits(run):
+    given = run("fused_token_loss")
     model, ids, counts = given["model"], given["input_ids"], given["counts"]
     assert counts.sum() == 2 * 16
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
