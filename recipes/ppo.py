@@ -165,7 +165,8 @@ def read_own_prompts(own: OwnArguments, args: "PPOConfig") -> tuple["Dataset", "
         way_out = ": name it with --prompt_column" if "has no column 'prompt'" in str(error) else ""
         raise ValueError(f"{where}: {error}{way_out}") from error
     rows = check_dataset(rows, where)
-    check_rollout_size(len(rows), args)
+    if len(rows) < args.episodes_per_rollout:  # what a pass leaves over is said of those that are trained on
+        check_rollout_size(len(rows), args)
 
     # Whole prompts are held out, however often they stand there; one rollout's worth stays.
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in rows["prompt"][:]]
