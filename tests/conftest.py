@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,3 +48,38 @@ def pytest_collection():
     gc.freeze()
     gc.enable()
     return found
+
+
+@pytest.fixture
+def on_the_card(monkeypatch):
+    """For trainers on a GPU: the other tests are held to the CPU, and accelerate remembers it."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def klft_command(monkeypatch, capsys, caplog):
+    """klft_command("diff", ...) -> (exit code, stdout, stderr), in this process."""
+    import datasets
+    import transformers
+
+    from klft.cli import main
+
+    before = transformers.logging.get_verbosity()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["klft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told, warned = capsys.readouterr(), "".join(f"{record.getMessage()}\n" for record in caplog.records)
+        caplog.clear()
+        return ended.value.code or 0, told.out, warned + told.err
+
+    yield run
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+    datasets.enable_progress_bars()

@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -175,24 +174,11 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def klft(saved, monkeypatch, capsys, caplog):
+def klft(saved, monkeypatch, klft_command):
     """klft("diff", ...) -> (exit code, stdout, stderr), run in the folder of `saved`."""
     monkeypatch.chdir(saved)
     monkeypatch.setenv("COLUMNS", "100")
-    before = transformers.logging.get_verbosity()
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["klft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told, warned = capsys.readouterr(), "".join(f"{record.getMessage()}\n" for record in caplog.records)
-        caplog.clear()
-        return ended.value.code or 0, told.out, warned + told.err
-
-    yield run
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
+    return klft_command
 
 
 def means(policy, reference, texts):

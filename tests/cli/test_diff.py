@@ -5,9 +5,7 @@ import re
 import subprocess
 import sys
 
-import datasets
 import pytest
-import transformers
 from support import tiny
 from support.example_report import data_of
 from support.processes import environment
@@ -34,24 +32,15 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def klft_(saved, tmp_path, monkeypatch, capsys, caplog):
+def klft_(saved, tmp_path, monkeypatch, klft_command):
     """klft_("diff", ...) -> (exit code, stdout, stderr), run in the folder of `saved`; the page goes to tmp_path."""
     monkeypatch.chdir(saved)
-    before = transformers.logging.get_verbosity()
 
     def run(*arguments):
-        page = ["-o", str(tmp_path / "page.html")] if arguments[:1] == ("diff",) and "-o" not in arguments else []
-        monkeypatch.setattr(sys, "argv", ["klft", *map(str, arguments), *page])
-        with pytest.raises(SystemExit) as ended:
-            klft.cli.main()
-        told, warned = capsys.readouterr(), "".join(f"{record.getMessage()}\n" for record in caplog.records)
-        caplog.clear()
-        return ended.value.code or 0, told.out, warned + told.err
+        page = ["-o", tmp_path / "page.html"] if arguments[:1] == ("diff",) and "-o" not in arguments else []
+        return klft_command(*arguments, *page)
 
-    yield run
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
+    return run
 
 
 def test_eight_lines_and_the_page(klft_, tmp_path):

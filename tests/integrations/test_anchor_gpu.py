@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from support import tiny
 from support.anchors import COEF, DenseOracle, exact, k3_in_the_loss, sft, trained_grpo
 from support.trainers import AnchoredGRPO, AnchoredSFT, grpo_config, parameters, policy, sft_config
@@ -13,17 +12,9 @@ from klft import AdapterReference
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("on_the_card"),
 ]
 CARD = {"use_cpu": False}
-
-
-@pytest.fixture(autouse=True)
-def on_the_card(monkeypatch):
-    """The other tests are held to the CPU, and accelerate remembers it."""
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])

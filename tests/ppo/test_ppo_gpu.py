@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from support import tiny
 
 from klft.generation import Completions
@@ -16,6 +15,7 @@ from klft.ppo import RewardModel
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("on_the_card"),
 ]
 RUNS = {
     "k1": {"max_grad_norm": 0.05},
@@ -23,15 +23,6 @@ RUNS = {
     "value model": {},
     "adapter": {"learning_rate": 0.1},
 }
-
-
-@pytest.fixture(autouse=True)
-def on_the_card(monkeypatch):
-    """The other tests are held to the CPU, and accelerate remembers it."""
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def completions(_model, prompt_ids, prompt_mask, *_):
