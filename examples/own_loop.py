@@ -54,6 +54,6 @@ for step in range(arguments.max_steps):
             if accelerator.sync_gradients:
                 penalty.update(kl)  # nats per sequence of this micro-batch, over all processes
     if step % 10 == 9 or step + 1 == arguments.max_steps:
-        nats = klft.kl_metrics(kl.scores, kl.mask, all_processes=True)["kl/sequence/reverse/mean"]
+        nats = kl.metrics(all_processes=True)["kl/sequence/reverse/mean"]
         accelerator.print(f"step {step + 1}: NLL {nll:.3f}, KL {nats:.2f} nats per sequence, coef {penalty.coef:.3f}")
 accelerator.end_training()

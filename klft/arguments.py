@@ -55,6 +55,12 @@ def one_line_errors(exit_code: int = 2):
         sys.exit(exit_code)
 
 
+def command_line(argv: Sequence[str] | None = None) -> list[str]:
+    """The arguments (default: of this process) as TrlParser takes them: without --debug, `--config FILE` in two."""
+    given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--debug"]
+    return [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+
+
 def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None, unused: Collection[str] = ()) -> tuple:
     """`--config file.yaml` and command line -> one instance per dataclass; the command line wins.
 
@@ -62,8 +68,7 @@ def parse_arguments(classes: tuple[type, ...], argv: list[str] | None = None, un
     own the usual ones; `--help-all` all. Raises ValueError that names file, line and a similar key for what the file
     holds wrongly.
     """
-    given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--debug"]
-    given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    given = command_line(argv)
     fields = {name: hint for c in classes for name, hint in hints(c).items()}
     named = check_options(given, fields)
     if {"-h", "--help", "--help-all"} & set(given):

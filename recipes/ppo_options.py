@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from reward_functions import is_function, load_function
 
-from klft.arguments import LARGEST_YAML, check_options, check_yaml, hints
+from klft.arguments import LARGEST_YAML, check_options, check_yaml, command_line, hints
 from klft.writing import did_you_mean
 
 FILES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -159,10 +159,6 @@ def parse_light(*classes: type) -> tuple:
     """One instance of each recipe's own class from the command line and --config; PPOConfig's are left for later."""
     from trl import TrlParser
 
-    given = [a for a in sys.argv[1:] if a != "--debug"]
-    given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser: Any = TrlParser(list(classes), usage=argparse.SUPPRESS, allow_abbrev=False)  # pyright: ignore
-    *made, _ = parser.parse_args_and_config(
-        [part for part in given if part != "--debug"], return_remaining_strings=True
-    )
+    *made, _ = parser.parse_args_and_config(command_line(), return_remaining_strings=True)
     return tuple(made)

@@ -73,7 +73,7 @@ def check_setup(
 
     Args:
         policy: as you call it, in the mode in which you compute its loss.
-        reference: a klft reference, or a model, which is checked as KLPenalty takes it.
+        reference: a klft reference, or a model, which is frozen, as by KLPenalty.
         optimizer: made from the policy's weights.
         temperature: at which you score.
         starts_equal: True: the policy is where the reference is now, so that their KL must be 0; None: it came from
@@ -81,8 +81,8 @@ def check_setup(
         rollout: a few sampled rows: input_ids, attention_mask, mask (the tokens that count) [B, T], and logp [B, T] as
             the sampler reports it, if it does.
 
-    About ten forwards of three rows of 12 tokens. Nothing is changed. Returns the checks; those with status "problem"
-    say what is wrong and what to do.
+    About ten forwards of three rows of 12 tokens. Nothing else is changed. Returns the checks; those with status
+    "problem" say what is wrong and what to do.
     """
     if isinstance(reference, nn.Module):
         reference = resolve_reference(reference, policy)
