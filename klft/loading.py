@@ -4,54 +4,24 @@ A repository's own code runs only where the caller says `trust_remote_code=True`
 from safetensors. What is wrong comes as one ValueError that names the model and, where it is damaged, the file.
 """
 
-import functools
 import os
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from safetensors import SafetensorError, safe_open
 
+from klft.hub import check_model_name, nowhere, unreachable, where_to
 from klft.models import LOADING_INFO, VALUE_MODULES, check_loading, check_tokenizers, require_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-HUB_TIMEOUT = 5.0  # seconds in which the hub answers, or is not asked: the libraries would try again for a minute
 
 
 # --- the hub, and errors ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def reachable(hub: str) -> bool:
-    """Whether the hub answers at all, be it with an error."""
-    try:
-        with urlopen(Request(hub, method="HEAD"), timeout=HUB_TIMEOUT):
-            return True
-    except HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def _offline() -> str | None:
-    """The variable by which the user has said that the hub is not to be asked."""
-    return next((v for v in OFFLINE if os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE")), None)
-
-
-def unreachable(name: str) -> bool:
-    """Whether `name` is for the hub, which does not answer: then only what is in the cache can be loaded."""
-    return not (_offline() or Path(name).exists()) and not reachable(_hub())
 
 
 def _source(name: str) -> dict[str, Any]:
@@ -65,11 +35,9 @@ def _explained(role: str, name: str):
     try:
         yield
     except Exception as error:
-        where = "" if Path(name).exists() else "there is no such folder, and "
-        if where and _offline():
-            where += f"{_offline()} is set, so the hub is not asked: "
-        elif unreachable(name):
-            where += f"the hub ({_hub()}) does not answer: "
+        if reason := nowhere(name, ask=True):
+            raise ValueError(f"{role} {name}: {reason}") from error
+        where = where_to(name)
         damaged = _damaged_file(name) if isinstance(error, SafetensorError) else None
         if damaged:
             where = f"{damaged} is damaged, or was not written to its end; copy or save it anew: "
@@ -114,9 +82,12 @@ def load_model(
     from transformers import AutoConfig
 
     name, hub = str(name), {key: options.pop(key) for key in ("revision",) if key in options}
+    check_model_name(name, role)
     with _explained(role, name):
         adapter = _adapter_config(name, hub)
     base = name if adapter is None else adapter.base_model_name_or_path
+    if adapter is not None:
+        check_model_name(base, f"{role} {name}: its base model")
     of_base = _source(base) | (hub if adapter is None else {})
     with _explained(role, base):
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **of_base)

@@ -19,6 +19,7 @@ import yaml
 from reward_functions import is_function, load_function
 
 from klft.arguments import LARGEST_YAML, check_options, check_yaml, command_line, hints
+from klft.hub import check_model_name
 from klft.writing import did_you_mean
 
 FILES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -102,15 +103,19 @@ def check_required(required: dict[str, str]) -> None:
 
 
 def check_files() -> None:
-    """Raise ValueError for a file that is not there or lacks the column, ImportError for a reward that is none."""
+    """Raise ValueError for a file or model that is not there, or lacks the column; ImportError for no reward."""
     options = given_options()
     for name in map(str, options.get("prompts", [])):
         if Path(name).suffix.lower() in FILES and not Path(name).is_file():
             raise ValueError(f"--prompts {name}: there is no such file")
         check_column(name, str((options.get("prompt_column") or ["prompt"])[0]))
+    for name in map(str, options.get("model_name_or_path", [])):
+        check_model_name(name, "--model_name_or_path")
     for reward in map(str, options.get("reward", [])):
         if is_function(reward):
             load_function(reward)
+        else:
+            check_model_name(reward, "--reward")
 
 
 def check_trackers() -> None:

@@ -17,7 +17,7 @@ FLOORS = {
     "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1, "exits": 1,
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,
-    "loading": 4, "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
+    "hub": 4, "loading": 4, "references": 4, "reference": 4, "prompts": 4, "scoring": 4, "generation": 4,
     "penalty": 5, "checks": 5,
     "ppo": 6, "integrations": 6, "diagnostics": 6, "plots": 6,
     "arguments": 7, "doctor": 7, "cli": 7, "__main__": 7,
@@ -25,7 +25,7 @@ FLOORS = {
 TOP = 7
 # Within a floor a module may import those that stand before it here; no others.
 WITHIN = [
-    ("estimators", "scores"), ("models", "parallel", "heads"), ("references", "scoring"),
+    ("estimators", "scores"), ("models", "parallel", "heads"), ("hub", "loading"), ("references", "scoring"),
     ("prompts", "scoring", "generation"), ("diagnostics", "plots"),
     ("arguments", "doctor", "cli", "__main__"),
 ]  # fmt: skip
@@ -41,7 +41,7 @@ OUTSIDE = {
     1: ARRAYS,
     2: MODELS | {"accelerate"},
     3: ARRAYS,  # and triton, in triton_backend
-    4: MODELS | {"trl", "safetensors"},
+    4: MODELS | {"trl", "safetensors", "huggingface_hub"},
     5: MODELS | {"trl"},
     6: TRAINING,
 }

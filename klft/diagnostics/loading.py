@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from klft.loading import find_tokenizer, load_model, load_tokenizer, reachable, unreachable
+from klft.hub import check_model_name, reachable, unreachable
+from klft.loading import find_tokenizer, load_model, load_tokenizer
 from klft.models import base_of, check_tokenizers
 from klft.prompts import TEMPLATE_COLUMNS, Text
 from klft.references import Reference, resolve_reference
@@ -78,6 +79,9 @@ def load_models(
     reachable.cache_clear()
     tokenizers = [] if tokenizer is None else [tokenizer]
     options: dict[str, dict[str, Any]] = {"model": {"trust_remote_code": trust_remote_code}, "reference": {}}
+    for role, given in (("model", model), ("reference", reference)):
+        if isinstance(given, NAMES):
+            check_model_name(given, role)
     for (role, own), given, at in zip(options.items(), (model, reference), (revision, ref_revision), strict=True):
         if at is not None and (not isinstance(given, NAMES) or Path(given).exists()):
             raise ValueError(f"revision {at!r}: the {role} is not loaded from the hub, which alone has revisions")

@@ -408,8 +408,8 @@ def test_an_adapter_is_its_base_with_the_adapter_on(saved):
 @pytest.mark.parametrize(
     ("model", "reference", "said"),
     [
-        ("nowhere", "policy", "model .*nowhere: there is no such folder, and"),
-        ("policy", "nowhere", "reference .*nowhere: there is no such folder, and"),
+        ("nowhere", "policy", "model .*nowhere: there is no such folder"),
+        ("policy", "nowhere", "reference .*nowhere: there is no such folder"),
         ("empty", "policy", "model .*empty: "),
         ("broken", "policy", "model .*broken: "),
         ("t5", "policy", "model .*t5: expected a causal language model .*got T5ForConditionalGeneration"),

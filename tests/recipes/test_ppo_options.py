@@ -31,11 +31,15 @@ def ended(recipe, arguments, cwd):
     return done.stderr.strip(), said[0], said[1]
 
 
+OWN = ["--prompts", "bad.yaml", "--reward", "builtins:len"]
 EARLY = [
     ("ppo", ["--smoke", "--lerning_rate", "3"], "unknown option --lerning_rate. Did you mean --learning_rate?", 0),
     ("ppo", ["--smoke", "--config", "bad.yaml"], "bad.yaml:1: unknown key 'kl_coeff'. Did you mean 'kl_coef'?", 0),
     ("ppo", ["--smoke", "--load_in_4bit", "1"], "--load_in_4bit does nothing in this recipe: leave it out", 0),
     ("ppo", ["--smoke", "--held_out", "2"], "--held_out must be a share of the prompts, at least 0 and below 1", 0),
+    ("ppo", [*OWN, "--model_name_or_path", "./polcy"], "--model_name_or_path ./polcy: there is no such folder", 0),
+    ("ppo", ["--smoke", "--model_name_or_path", "no"], "--model_name_or_path no: there is no such folder, and HF_", 0),
+    ("ppo", ["--smoke", "--reward", "a/b/judge"], "--reward a/b/judge: there is no such folder", 0),
     ("ppo_reviews", ["--kl_ceof", "3"], "unknown option --kl_ceof. Did you mean --kl_coef?", 0),
     ("ppo_reviews", ["--dataset_streaming"], "--dataset_streaming does nothing in this recipe: leave it out", 0),
     ("ppo", ["--smoke", "--learning_rate", "-3"], "--learning_rate must be finite and >= 0, got -3.0", 1),

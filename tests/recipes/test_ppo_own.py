@@ -239,7 +239,7 @@ REFUSED = [
     ({"reward": ["judge_of_words.py:raising"]}, "two made-up completions: TypeError: raising() missing 1 required"),
     (
         {"reward": ["no_folder"]},
-        "--reward no_folder, loading it: ValueError: reward model no_folder: there is no such folder",
+        "--reward no_folder: there is no such folder",
     ),
     ({"reward_label": ["good"]}, "--reward_label has 1 label(s), and --reward 0 model(s): []"),
     (

@@ -14,7 +14,8 @@ NETWORK = {
     "sentry_sdk", "wandb", "posthog",
 }  # fmt: skip
 ALLOWED = {
-    ("klft/loading.py", "urllib.request"),  # does the hub answer? asked for a model that is not on this machine
+    ("klft/hub.py", "huggingface_hub"),  # where its cache is
+    ("klft/hub.py", "urllib.request"),  # does the hub answer? asked for a model that is not on this machine
     ("klft/cli.py", "webbrowser"),  # --open
     ("recipes/ppo_trackers.py", "wandb"),  # --report_to wandb
 }
