@@ -1,8 +1,19 @@
 """The tensors that a penalty measures: do they belong together, and where do the two models part for good."""
 
+import logging
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from klft.divergences import reverse_kl
+from klft.penalty.token_kl import TokenKL
+from klft.sharding import on_rank
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 256  # positions at which it is looked whether logits belong to their tokens
 
 
 def check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
@@ -25,3 +36,56 @@ def check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, ma
 def find_one_sided(logits: Float[Tensor, "N V"], ref_logits: Float[Tensor, "N V"]) -> tuple[int, ...]:
     """Ids that only one of the models suppresses."""
     return tuple(((logits == -torch.inf) != (ref_logits == -torch.inf)).any(0).nonzero().flatten().tolist())
+
+
+def check_rewarded(scores: Any, kl: Any) -> None:
+    """Raise TypeError, naming the order, unless `scores` is a tensor and `kl` a TokenKL."""
+    for given, kind in ((scores, Tensor), (kl, TokenKL)):
+        if not isinstance(given, kind):
+            raise TypeError(
+                "KLPenalty.rewards(scores, kl): scores must be a tensor [B], one number per completion, and kl what "
+                f"measure(...) gave, got a {type(given).__name__} in the place of a {kind.__name__}"
+            )
+
+
+def warn_if_shifted(
+    logits: Float[Tensor, "B T V"], ref_logits: Float[Tensor, "B T W"], real: Bool[Tensor, "B T"]
+) -> None:
+    """Warn where the policy's logits at a position look like the reference's one before: the caller has shifted them.
+
+    The reference reads the tokens that it is given. Models that are far apart are as far apart at every other place.
+    """
+    row, column = (real & real.roll(1, 1)).nonzero()[:LOOKED_AT].T
+    row, column = row[column > 0], column[column > 0]
+    shared = min(logits.shape[-1], ref_logits.shape[-1])
+    policy = logits.detach()[row, column, :shared]
+    here, before = (
+        float(reverse_kl(policy, ref_logits[row, at, :shared].to(policy)).mean()) for at in (column, column - 1)
+    )
+    if 0.1 < here < torch.inf and before < here / 2:
+        logger.warning(
+            "KLPenalty.measure: the logits look as if they were shifted already: they are %.2g nats per token from "
+            "the reference's at the same positions, and %.2g from those one position before. Give whole sequences, "
+            "model(...).logits as it is and input_ids, attention_mask and mask of the same length: the shift is made "
+            "in measure", here, before,
+        )  # fmt: skip
+
+
+def nonfinite_message(kl: TokenKL, places: list[list[int]], name: str) -> str:
+    """What to say of `name` where it is not finite at `places`, each [sample, position]."""
+    ids = "" if kl.token_ids is None else f" (token ids {[int(kl.token_ids[tuple(p)]) for p in places[:4]]})"
+    if kl.one_sided_ids:
+        some, count = list(kl.one_sided_ids[:8]), len(kl.one_sided_ids)
+        ids += f"; ids that only one of the models suppresses: {some} ({count} in all)"
+    for role, logp in (("policy", kl.scores.logp), ("reference", kl.scores.ref_logp)):
+        if logp is not None and bool(logp.detach()[tuple(places[0])].isnan()):
+            return (
+                f"the {role}'s logits are NaN{on_rank()} at {len(places)} token(s), first at [sample, "
+                f"position] {places[:4]}{ids}: look for NaN among its weights, or take "
+                "another precision (bf16 or fp32)"
+            )
+    return (
+        f"the {name} is not finite{on_rank()} at {len(places)} token(s), first at "
+        f"[sample, position] {places[:4]}{ids}: one model gives no probability to what the other may say. "
+        "Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
+    )

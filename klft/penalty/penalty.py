@@ -24,12 +24,18 @@ from klft.penalty.combinations import (
     effective_placement,
     warn_of,
 )
-from klft.penalty.inputs import check_measured, find_one_sided
+from klft.penalty.inputs import (
+    check_measured,
+    check_rewarded,
+    find_one_sided,
+    nonfinite_message,
+    warn_if_shifted,
+)
 from klft.penalty.token_kl import TokenKL, TokenRule, mixed_scores
 from klft.references import Reference, parts_of, resolve_reference, warn_if_one_model
 from klft.scores import TokenScores, check_temperature, score_logits
 from klft.shaping import shape_rewards
-from klft.sharding import all_reduce_sum, on_rank
+from klft.sharding import all_reduce_sum
 from klft.writing import one_line
 
 if TYPE_CHECKING:
@@ -113,7 +119,9 @@ class KLPenalty:
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
         self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
-        self._losses_called = self._warned_no_loss = self._warned_nonfinite = self._seen_apart = False
+        self._losses_called = self._warned_no_loss = self._warned_nonfinite = self._seen_apart = self._seen_placed = (
+            False
+        )
 
     @one_line
     def __repr__(self) -> str:
@@ -180,6 +188,9 @@ class KLPenalty:
         if not self._seen_apart and torch.is_grad_enabled() and not logits.is_inference():
             self._seen_apart = True
             warn_if_one_model(logits, ref_logits, attention_mask != 0)
+        if not self._seen_placed:
+            self._seen_placed = True
+            warn_if_shifted(logits, ref_logits, attention_mask != 0)
         shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         logits, ref_logits = (self._cut(z, shared).roll(1, 1) / t for z in (logits, ref_logits))
@@ -308,26 +319,8 @@ class KLPenalty:
         value = torch.where(kl.counted, value.detach() if gradient == "none" else value, 0.0)
         nonfinite = (~value.detach().isfinite()).nonzero().tolist()
         if nonfinite:
-            raise ValueError(self._nonfinite_message(kl, nonfinite))
+            raise ValueError(nonfinite_message(kl, nonfinite, f"{self._name} ({self.estimator})"))
         return value if kl.weight is None else value * kl.weight
-
-    def _nonfinite_message(self, kl: TokenKL, places: list[list[int]]) -> str:
-        ids = "" if kl.token_ids is None else f" (token ids {[int(kl.token_ids[tuple(p)]) for p in places[:4]]})"
-        one_sided = kl.one_sided_ids
-        if one_sided:
-            ids += f"; ids that only one of the models suppresses: {list(one_sided[:8])} ({len(one_sided)} in all)"
-        for role, logp in (("policy", kl.scores.logp), ("reference", kl.scores.ref_logp)):
-            if logp is not None and bool(logp.detach()[tuple(places[0])].isnan()):
-                return (
-                    f"the {role}'s logits are NaN{on_rank()} at {len(places)} token(s), first at [sample, "
-                    f"position] {places[:4]}{ids}: look for NaN among its weights, or take "
-                    "another precision (bf16 or fp32)"
-                )
-        return (
-            f"the {self._name} ({self.estimator}) is not finite{on_rank()} at {len(places)} token(s), first at "
-            f"[sample, position] {places[:4]}{ids}: one model gives no probability to what the other may say. "
-            "Suppress the same tokens in both models, or give KLPenalty a `clip` in nats."
-        )
 
     @property
     def score_name(self) -> str:
@@ -404,6 +397,7 @@ class KLPenalty:
 
     def rewards(self, scores: Float[Tensor, "B"], kl: TokenKL) -> Float[Tensor, "B T"]:
         """scores [B], one per completion, and the KL, as one detached reward per token. See shape_rewards."""
+        check_rewarded(scores, kl)
         return shape_rewards(scores, self.reward_kl(kl), kl.mask, coef=self.coef)
 
     def losses(self, kl: TokenKL) -> Float[Tensor, "*B"]:
