@@ -145,13 +145,18 @@ def check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
 
 
 def _without_replaced(path: Path, values: dict[str, Any], named: set[str], folder: Path) -> Path:
-    """The file of these values, or a copy in `folder` without what the command line says in other words (SAME)."""
-    replaced = [name for group in SAME if named & set(group) for name in group if name in values and name not in named]
-    if not replaced:
+    """The file of these values, or a copy in `folder` without what is `replaced`."""
+    if not (gone := replaced(values, named)):
         return path
     copy = folder / path.name
-    copy.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in replaced}))
+    copy.write_text(yaml.safe_dump({name: value for name, value in values.items() if name not in gone}))
     return copy
+
+
+def replaced(values: Collection[str], named: Collection[str]) -> set[str]:
+    """Those of a file's names that the command line, which has `named`, says in other words (SAME)."""
+    said = (group for group in SAME if set(group) & set(named))
+    return {name for group in said for name in group if name in values and name not in named}
 
 
 def hints(dataclass: type) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 from reward_functions import is_function, load_function
 
-from klft.arguments import LARGEST_YAML, check_options, check_yaml, command_line, hints
+from klft.arguments import LARGEST_YAML, check_options, check_yaml, command_line, hints, replaced
 from klft.hub import check_model_name
 from klft.writing import did_you_mean
 
@@ -28,6 +29,7 @@ TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
 QUANTISATION = {
     "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage",
 }  # fmt: skip
+BOOLS = (bool, bool | None)
 TYPES |= {f"{name} | None": kind | None for name, kind in TYPES.items()}
 
 
@@ -47,9 +49,9 @@ def given_options() -> dict[str, list[Any]]:
         with suppress(yaml.YAMLError, UnicodeDecodeError):  # check_yaml says what is wrong with it
             in_file = yaml.safe_load(path.read_text())
     of_file = in_file if isinstance(in_file, dict) else {}
-    return {
-        str(name): value if isinstance(value, list) else [value] for name, value in of_file.items() if value is not None
-    } | named
+    gone = {str(name) for name, value in of_file.items() if value is None} | replaced(of_file, named)
+    lists = {str(name): value if isinstance(value, list) else [value] for name, value in of_file.items()}
+    return {name: value for name, value in lists.items() if name not in gone} | named
 
 
 def check_used(unused: set[str], *configs: Any, why: str = "does nothing in this recipe: leave it out") -> None:
@@ -65,22 +67,37 @@ def wants_help() -> bool:
     return any(option in sys.argv[1:] for option in ("-h", "--help", "--help-all"))
 
 
-def declared(module: str, file: str, name: str) -> dict[str, Any]:
-    """Field -> type of a dataclass as its source has it, Any where that is none of TYPES. Nothing is imported."""
+def declared(module: str, file: str, name: str) -> dict[str, ast.AnnAssign]:
+    """Field -> its statement in the source of a dataclass. Nothing is imported."""
     spec = importlib.util.find_spec(module)
     for folder in (spec and spec.submodule_search_locations) or []:
         with suppress(OSError):
             for node in ast.parse((Path(folder) / file).read_text()).body:
                 if isinstance(node, ast.ClassDef) and node.name == name:
-                    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-                    return {ast.unparse(f.target): TYPES.get(ast.unparse(f.annotation), Any) for f in fields}
+                    return {ast.unparse(part.target): part for part in node.body if isinstance(part, ast.AnnAssign)}
     raise LookupError(name)
 
 
+def ppo_fields() -> dict[str, ast.AnnAssign]:
+    """Field -> statement, of PPOConfig and of the Trainer's arguments."""
+    of_trainer = declared("transformers", "training_args.py", "TrainingArguments")
+    return of_trainer | declared("klft", "ppo/config.py", "PPOConfig")
+
+
 def all_fields(*classes: type) -> dict[str, Any]:
-    """Field -> type of a recipe: those of `classes`, of PPOConfig, and of the Trainer's arguments."""
-    ours, trainers = declared("klft", "ppo/config.py", "PPOConfig"), ("transformers", "training_args.py")
-    return declared(*trainers, "TrainingArguments") | ours | {n: h for c in classes for n, h in hints(c).items()}
+    """Field -> type of a recipe, Any where that is none of TYPES: of PPOConfig, the Trainer's arguments, `classes`."""
+    ours = {name: TYPES.get(ast.unparse(field.annotation), Any) for name, field in ppo_fields().items()}
+    return ours | {name: hint for c in classes for name, hint in hints(c).items()}
+
+
+def defaults() -> dict[str, Any]:
+    """Field -> default of PPOConfig, where the source has it as a constant."""
+    found: dict[str, Any] = {}
+    for name, field in ppo_fields().items():
+        given = {each.arg: each.value for each in field.value.keywords} if isinstance(field.value, ast.Call) else {}
+        with suppress(ValueError, TypeError):  # a default_factory, or made from other names
+            found[name] = ast.literal_eval(given.get("default", field.value))
+    return found
 
 
 def check_names(*classes: type) -> None:
@@ -143,21 +160,36 @@ def check_column(name: str, column: str) -> None:
 
 
 def check_values(*classes: type) -> None:
-    """Raise ValueError for a number that is out of range, and for an unknown choice, by the rules of PPOConfig."""
-    from klft.ppo.fields import VALIDATORS
+    """Raise ValueError for a number that is out of range, an unknown choice, and what contradicts each other, by the
+    rules of PPOConfig."""
+    from klft.ppo.fields import VALIDATORS, contradictions
 
-    with suppress(LookupError):
-        fields = all_fields(*classes)
+    with suppress(LookupError, AttributeError):  # another version keeps them elsewhere
+        fields, config = all_fields(*classes), SimpleNamespace(**defaults())
         for name, values in given_options().items():
-            kinds = TYPES.items()
-            kind = next((kind for kind, hint in kinds if hint == fields.get(name) and "bool" not in kind), None)
-            if kind is None or name not in VALIDATORS or len(values) != 1:
+            kind = fields.get(name, Any)
+            if kind is Any and isinstance(getattr(config, name, None), str):  # an enum's
+                kind = str
+            if kind is Any or len(values) > 1 or not (values or kind in BOOLS):
                 continue
-            value: Any = values[0]
-            with suppress(ValueError):  # then the text is not a number, and is refused as one
-                value = {"int": int, "float": float, "str": str}[kind.partition(" ")[0]](value)
-            if problem := VALIDATORS[name](value):
+            value = as_kind(values[0] if values else True, kind)
+            setattr(config, name, value)
+            if kind not in BOOLS and name in VALIDATORS and (problem := VALIDATORS[name](value)):
                 raise ValueError(f"--{name} {problem}")
+        if problems := contradictions(config):
+            raise ValueError("PPOConfig: " + "; ".join(problems))
+
+
+def as_kind(value: Any, kind: Any) -> Any:
+    """A value of the command line or a file as a type of TYPES; as it is where it cannot be one, which is refused."""
+    if kind in BOOLS:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
+            str(value).lower(), value
+        )
+    base = next((base for base in (int, float, str) if kind in (base, base | None)), None)
+    with suppress(ValueError):
+        return value if base is None else base(value)
+    return value
 
 
 def parse_light(*classes: type) -> tuple:

@@ -10,15 +10,13 @@ from transformers import GenerationConfig, TrainingArguments
 
 from klft.controllers import AdaptiveKL, Controller, FixedKL, PIController, ScheduledKL, TargetKL
 from klft.parallel import why_no_zero3
-from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, check_combination, effective_placement
+from klft.penalty import ESTIMATES, PLACEMENTS, KLPenalty, TokenRule, effective_placement
 from klft.ppo.fields import (
-    IGNORED,
-    OWN_ORDER,
     SCHEDULES,
     VALIDATORS,
     as_dict,
     choices,
-    precision_problems,
+    contradictions,
     scheduler_problem,
 )  # fmt: skip
 from klft.references import Reference
@@ -159,7 +157,7 @@ class PPOConfig(TrainingArguments):
         validators = VALIDATORS | choices(TrainingArguments)
         answers = {name: validate(getattr(self, name)) for name, validate in validators.items()}
         problems = [f"{name} {why}" for name, why in answers.items() if why]
-        problems += self._contradictions() if not problems else []
+        problems += contradictions(self) if not problems else []
         if problems:
             raise ValueError("PPOConfig: " + "; ".join(problems))
         if not torch.accelerator.is_available():
@@ -186,55 +184,6 @@ class PPOConfig(TrainingArguments):
                 f"rollout: one update could take kl_coef to 0. Take more than {self.episodes_per_rollout / 5:.0f}."
             )
         self._count_steps()
-
-    def _controller_contradictions(self) -> list[str]:
-        """Fields that the controller needs, and those it would ignore."""
-        name, end, target = f"kl_controller={self.kl_controller!r}", self.kl_coef_end, self.kl_target
-        scheduled = self.kl_controller in SCHEDULES
-        aims, paced = not scheduled and self.kl_controller != "fixed", ("adaptive", *SCHEDULES)
-        lost = not (self.kl_controller in paced or self.kl_horizon == 10000)
-        found = [
-            (aims and target is None, f"{name} needs kl_target, in nats per sequence"),
-            (aims and self.kl_coef == 0, f"{name} multiplies kl_coef, so kl_coef=0 would stay 0"),
-            (not aims and target is not None, f"kl_target would be ignored with {name}; say 'adaptive'"),
-            (scheduled and end is None, f"{name} needs kl_coef_end, the coefficient it ends at"),
-            (not scheduled and end is not None, f"kl_coef_end would be ignored with {name}; say 'scheduled'"),
-            (lost, f"kl_horizon would be ignored with {name}: only {', '.join(paced)} have one"),
-        ]
-        return [problem for holds, problem in found if holds]
-
-    def _contradictions(self) -> list[str]:
-        problems = self._controller_contradictions() + precision_problems(self)
-        try:
-            check_combination(self.kl_direction, self.kl_estimator, self.kl_placement)
-        except ValueError as error:
-            problems.append(str(error))
-        for name, (default, why) in IGNORED.items():
-            given = getattr(self, name, default)
-            if given != default and not (given in (None, False) and default in ([], "no")):  # other words for it
-                problems.append(f"{name} would be ignored: {why}; leave it at {default!r}")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            problems.append(f"train_sampling_strategy must be random or sequential: {OWN_ORDER}, without their lengths")
-        if self.log_completions and self.logging_strategy == "no":
-            problems.append("log_completions would be ignored with logging_strategy='no': they are shown with the logs")
-        if self.total_episodes is not None and self.max_steps > 0:
-            problems.append("total_episodes and max_steps say the same thing; give one of them")
-        if (budget := self.tokens_per_micro_batch) is not None:
-            most = self.max_completion_length + (self.max_prompt_length or 1)
-            if budget < most:
-                problems.append(f"tokens_per_micro_batch={budget} is below {most}: one prompt and completion")
-            if self.gradient_accumulation_steps < 2:
-                problems.append(
-                    "tokens_per_micro_batch needs gradient_accumulation_steps >= 2 (say 2, and half of "
-                    "per_device_train_batch_size): all passes but the last run before gradients are synchronised"
-                )
-        if self.neftune_noise_alpha is not None:
-            problems.append("neftune_noise_alpha puts noise on the loss's forward alone: the first ratio is not 1")
-        if self.logging_nan_inf_filter:
-            problems.append("logging_nan_inf_filter must be False: it would log a NaN loss as 0.0")
-        if self.dataloader_num_workers:
-            problems.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
-        return problems
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from klft.controllers import Shape
 from klft.estimators import DIRECTIONS
 from klft.parallel import PLACEMENTS as MODEL_PLACEMENTS
-from klft.penalty import ESTIMATES, PLACEMENTS
+from klft.penalty import ESTIMATES, PLACEMENTS, check_combination
 from klft.prompts import why_no_template_kwargs
 from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
@@ -20,6 +20,8 @@ from klft.writing import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from klft.ppo.config import PPOConfig
 
 SCHEDULES: dict[str, Shape] = {"scheduled": "linear", "scheduled_cosine": "cosine"}
 CONTROLLERS = ("fixed", "adaptive", "pi", "target", *SCHEDULES)
@@ -152,7 +154,7 @@ def scheduler_problem(args: "TrainingArguments") -> str | None:
     return None
 
 
-def precision_problems(args: "TrainingArguments") -> list[str]:
+def _precision_problems(args: "TrainingArguments") -> list[str]:
     """Precisions that are asked for and cannot be had. (bf16 on a CPU can.)"""
     import torch
 
@@ -278,3 +280,58 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "dataloader_persistent_workers": (False, OWN_ORDER),
     "dataloader_multiprocessing_context": (None, OWN_ORDER),
 }
+
+
+# --- fields against each other ----------------------------------------------------------------------------------------
+
+
+def _controller_contradictions(args: "PPOConfig") -> list[str]:
+    """Fields that the controller needs, and those it would ignore."""
+    name, end, target = f"kl_controller={args.kl_controller!r}", args.kl_coef_end, args.kl_target
+    scheduled = args.kl_controller in SCHEDULES
+    aims, paced = not scheduled and args.kl_controller != "fixed", ("adaptive", *SCHEDULES)
+    lost = not (args.kl_controller in paced or args.kl_horizon == 10000)
+    found = [
+        (aims and target is None, f"{name} needs kl_target, in nats per sequence"),
+        (aims and args.kl_coef == 0, f"{name} multiplies kl_coef, so kl_coef=0 would stay 0"),
+        (not aims and target is not None, f"kl_target would be ignored with {name}; say 'adaptive'"),
+        (scheduled and end is None, f"{name} needs kl_coef_end, the coefficient it ends at"),
+        (not scheduled and end is not None, f"kl_coef_end would be ignored with {name}; say 'scheduled'"),
+        (lost, f"kl_horizon would be ignored with {name}: only {', '.join(paced)} have one"),
+    ]
+    return [problem for holds, problem in found if holds]
+
+
+def contradictions(args: "PPOConfig") -> list[str]:
+    """What its fields say against each other. Reads them by name: whatever has them all can be asked."""
+    problems = _controller_contradictions(args) + _precision_problems(args)
+    try:
+        check_combination(args.kl_direction, args.kl_estimator, args.kl_placement)
+    except ValueError as error:
+        problems.append(str(error))
+    for name, (default, why) in IGNORED.items():
+        given = getattr(args, name, default)
+        if given != default and not (given in (None, False) and default in ([], "no")):  # other words for it
+            problems.append(f"{name} would be ignored: {why}; leave it at {default!r}")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        problems.append(f"train_sampling_strategy must be random or sequential: {OWN_ORDER}, without their lengths")
+    if args.log_completions and args.logging_strategy == "no":
+        problems.append("log_completions would be ignored with logging_strategy='no': they are shown with the logs")
+    if args.total_episodes is not None and args.max_steps > 0:
+        problems.append("total_episodes and max_steps say the same thing; give one of them")
+    if (budget := args.tokens_per_micro_batch) is not None:
+        most = args.max_completion_length + (args.max_prompt_length or 1)
+        if budget < most:
+            problems.append(f"tokens_per_micro_batch={budget} is below {most}: one prompt and completion")
+        if args.gradient_accumulation_steps < 2:
+            problems.append(
+                "tokens_per_micro_batch needs gradient_accumulation_steps >= 2 (say 2, and half of "
+                "per_device_train_batch_size): all passes but the last run before gradients are synchronised"
+            )
+    if args.neftune_noise_alpha is not None:
+        problems.append("neftune_noise_alpha puts noise on the loss's forward alone: the first ratio is not 1")
+    if args.logging_nan_inf_filter:
+        problems.append("logging_nan_inf_filter must be False: it would log a NaN loss as 0.0")
+    if args.dataloader_num_workers:
+        problems.append("dataloader_num_workers must be 0: prompts are tokenised during the rollout")
+    return problems

@@ -43,6 +43,11 @@ EARLY = [
     ("ppo_reviews", ["--kl_ceof", "3"], "unknown option --kl_ceof. Did you mean --kl_coef?", 0),
     ("ppo_reviews", ["--dataset_streaming"], "--dataset_streaming does nothing in this recipe: leave it out", 0),
     ("ppo", ["--smoke", "--learning_rate", "-3"], "--learning_rate must be finite and >= 0, got -3.0", 1),
+    ("ppo", ["--smoke", "--kl_controller", "adaptive"], "PPOConfig: kl_controller='adaptive' needs kl_target", 1),
+    ("ppo", ["--smoke", "--config", "twice.yaml"], "PPOConfig: total_episodes and max_steps say the same thing", 1),
+    ("ppo", ["--smoke", "--kl_placement", "loss"], "PPOConfig: k1 as a loss has a gradient of zero", 1),
+    ("ppo", ["--smoke", "--log_completions", "--logging_strategy=no"], "PPOConfig: log_completions would be ign", 1),
+    ("ppo", ["--smoke", "--dataloader_num_workers", "2"], "PPOConfig: dataloader_num_workers must be 0", 1),
     ("ppo_reviews", ["--kl_estimator", "k4"], "--kl_estimator must be one of k1, k2, k3, exact, got 'k4'", 1),
 ]
 
@@ -50,6 +55,7 @@ EARLY = [
 @pytest.mark.parametrize(("recipe", "arguments", "said", "heavy"), EARLY)
 def test_a_wrong_option_is_answered_before_the_heavy_imports(recipe, arguments, said, heavy, tmp_path):
     (tmp_path / "bad.yaml").write_text("kl_coeff: 3\n")
+    (tmp_path / "twice.yaml").write_text("max_steps: 3\ntotal_episodes: 64\n")
     line, code, loaded = ended(recipe, arguments, tmp_path)
     assert line.startswith(f"error: {said}")
     assert "\n" not in line
