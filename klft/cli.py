@@ -17,6 +17,7 @@ import typer
 from klft._deprecated import moved
 from klft._version import __version__
 from klft.arguments import check_writable, one_line_errors
+from klft.hub import check_model_name
 from klft.writing import escaping_output, print_error, visible
 
 if TYPE_CHECKING:
@@ -208,13 +209,16 @@ def doctor(
     import json
     from dataclasses import asdict
 
-    from klft import doctor
-
     with one_line_errors():
         if model is None and (reference or adapter):
             raise ValueError("name MODEL too: klft doctor MODEL --reference REF, or klft doctor ADAPTER --adapter")
         if reference and adapter:
             raise ValueError("--adapter compares with the adapter's own base: leave --reference out")
+        for role, name in (("model", model), ("reference", reference)):
+            if name:
+                check_model_name(name, role)  # before what takes seconds to import
+        from klft import doctor
+
         checks = list(doctor.environment())
         if model is not None:
             checks += doctor.models(

@@ -95,8 +95,9 @@ def defaults() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in ppo_fields().items():
         given = {each.arg: each.value for each in field.value.keywords} if isinstance(field.value, ast.Call) else {}
-        with suppress(ValueError, TypeError):  # a default_factory, or made from other names
-            found[name] = ast.literal_eval(given.get("default", field.value))
+        if default := given.get("default", field.value):
+            with suppress(ValueError):  # a default_factory, or made from other names
+                found[name] = ast.literal_eval(default)
     return found
 
 
@@ -165,7 +166,8 @@ def check_values(*classes: type) -> None:
     from klft.ppo.fields import VALIDATORS, contradictions
 
     with suppress(LookupError, AttributeError):  # another version keeps them elsewhere
-        fields, config = all_fields(*classes), SimpleNamespace(**defaults())
+        config: Any = SimpleNamespace(**defaults())
+        fields = all_fields(*classes)
         for name, values in given_options().items():
             kind = fields.get(name, Any)
             if kind is Any and isinstance(getattr(config, name, None), str):  # an enum's
