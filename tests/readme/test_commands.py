@@ -16,7 +16,7 @@ LINES = {" ".join(words): words for _, block in [*BLOCKS, *SPANS] for words in c
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder that has what a clone has, and the files of a reader's own that documents name."""
+    """A folder that has what a clone has, and the models and files of a reader's own that documents name."""
     for path in ROOT.iterdir():
         if not path.name.startswith((".", "runs", "demo_out")):
             (tmp_path / path.name).symlink_to(path)
@@ -29,6 +29,9 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(
             f"def {function}(completions, **_):\n    return [0.0] * len(completions)\n"
         )
+    for name in ("my/causal-lm", "any/causal-lm"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
