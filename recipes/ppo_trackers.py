@@ -5,6 +5,7 @@ and are grouped by their first word: kl/..., reward/..., ppo/..., time/.... Text
 log_completions; the page, which is full of them, only with kl_log_tokens, and only to W&B: the others cannot show it.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class GroupedWandb(Grouped, WandbCallback):
 
 class GroupedTrackio(Grouped, TrackioCallback):
     """trackio: completions as a table."""
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Under a name, which transformers takes up again: it ends the run with training, and an evaluation follows."""
+        args.run_name = args.run_name or f"{Path(args.output_dir or 'ppo').name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        super().setup(args, state, model, **kwargs)
 
     def send(self, numbers: dict[str, Any], step: int) -> None:
         """As W&B's."""

@@ -83,3 +83,15 @@ def test_tensorboard(trackers, tmp_path, monkeypatch):
     assert {tag.partition("/")[0] for tag in tags} >= {"kl", "reward", "ppo", "time", "eval", "train"}
     assert {"kl/reverse/mean", "eval/kl/reverse/mean", "train/loss"} <= set(tags)
     assert any(tag.startswith("completions/text_summary") for tag in tags)
+
+
+def test_trackio_has_one_run_of_training_and_both_evaluations(trackers, tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    data = {"eval_dataset": tiny.prompts(8)}
+    run = tiny.trainer(tmp_path / "out", report_to=["trackio"], max_steps=1, log_completions=True, given=data)
+    trackers.group_charts(run)
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    assert run.args.run_name.startswith("out-")  # under which transformers takes it up again
