@@ -18,11 +18,11 @@ from klft.ppo.completions import completion_rows
 from klft.ppo.config import PPOConfig
 from klft.ppo.guards import check_finite, on_all_ranks
 from klft.ppo.losses import gae
-from klft.ppo.metrics import Table, gather_table
+from klft.ppo.metrics import Table, gather_table, why_nothing_to_learn
 from klft.ppo.micro_batches import count_within
 from klft.ppo.phases import Phases
 from klft.ppo.reward_loop import RewardLoop
-from klft.ppo.rewards import RewardFunction, is_judged, move_reward_models, score_completions_by
+from klft.ppo.rewards import RewardFunction, is_judged, move_reward_models, reward_names, score_completions_by
 from klft.ppo.rollout import Rollout, RolloutStats, score_completions
 from klft.ppo.state import PPOState
 from klft.prompts import (
@@ -138,8 +138,7 @@ class RolloutCollector:
             rewards = masked_whiten(rewards, mask, self.reduce, shift_mean=False)
         # 9. Advantages. After a completion that ran out of tokens the next state's value is 0, or bootstrapped.
         values = torch.where(mask, values, 0.0)
-        final = terminated if args.bootstrap_truncated else torch.ones_like(terminated)
-        last_values = torch.where(final, 0.0, last_values)
+        last_values = torch.where(terminated | (not args.bootstrap_truncated), 0.0, last_values)
         advantages = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, last_value=last_values)
         returns = advantages + values
         if tables and self._counts:
@@ -150,13 +149,14 @@ class RolloutCollector:
         table = gather_table(
             accelerator, kl, per_token, scores, terminated, by_function, slice(keep if self._counts else 0)
         )
-        stats = RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self.reduce))
+        if learn:
+            self._warn_of_equal_scores(table, state)
         logp, ref_logp = (torch.where(mask, t, 0.0) for t in (kl.scores.logp, kl.scores.ref_logp))  # pyright: ignore
         rollout = Rollout(
             **vars(completions), old_logp=logp, behaviour_logp=logp.clone(), ref_logp=ref_logp, kl_weight=kl.weights,
             values=values, advantages=advantages, returns=returns,
         )  # fmt: skip
-        return rollout, stats, table
+        return rollout, RolloutStats(penalty.coef, *penalty.sequence_kl(kl, self.reduce)), table
 
     def _templates(self, rows: list[dict]) -> list[dict[str, Any]]:
         return [template_arguments(row, self.args.chat_template_kwargs) for row in rows]
@@ -214,6 +214,13 @@ class RolloutCollector:
         penalty = args.missing_eos_penalty
         totals = finish_scores(totals, terminated, clip=args.reward_clip, missing_eos_penalty=penalty)
         return totals, torch.where(judged, totals, torch.nan)
+
+    def _warn_of_equal_scores(self, table: Table, state: PPOState) -> None:
+        """Say once, on the main process, that a rollout's scores tell no completion from another."""
+        problem = why_nothing_to_learn(table.sequences, reward_names(self.reward_funcs), self.penalty.coef)
+        if problem and not state.warned_of_equal_scores and self.accelerator.is_main_process:
+            logger.warning(f"{problem}. Look at the reward function, and at what the completions say")
+            state.warned_of_equal_scores = True
 
     def _completion_rows(
         self, rows: list[dict], texts: list, scores: Tensor, kl: TokenKL, columns: dict[str, list]

@@ -14,6 +14,7 @@ from torch import Tensor
 from klft.masked import masked_var
 from klft.penalty import TokenKL
 from klft.scores import TokenScores, flat_metrics
+from klft.writing import two_digits
 
 SCORES: tuple[str, ...] = (
     "logp", "ref_logp", "reverse_kl", "forward_kl", "entropy", "ref_entropy", "top1_agree",
@@ -98,6 +99,21 @@ def rollout_metrics(table: Table, names: list[str]) -> dict[str, float]:
             if len(applies):
                 metrics[f"reward/{name}/mean"] = applies.mean().item()
     return metrics
+
+
+def why_nothing_to_learn(sequences: Tensor, names: list[str], coef: float) -> str | None:
+    """Why the scores in a Table's sequences [B, 3 + K] tell no completion from another, or those of one function."""
+    score, _, _, *by_function = (column[~column.isnan()] for column in sequences.unbind(-1))
+    nothing = "there is nothing to learn from" + (" but the KL penalty" if coef else "")
+    if len(sequences) > 1 and not len(score):
+        return f"no completion of this rollout has a score, by any reward function: {nothing}"
+    if len(score) > 1 and score.min() == score.max() and (len(score) == len(sequences) or score[0] == 0):
+        return f"every completion of this rollout has the same score ({two_digits(score[0].item())}): {nothing}"
+    for name, given in zip(names, by_function, strict=True):
+        if len(given) > 1 and given.min() == given.max():
+            same = f"the same score ({two_digits(given[0].item())})"
+            return f"reward function {name!r} gave every completion of this rollout that it judged {same}"
+    return None
 
 
 def with_logged(metrics: dict[str, float], logged: dict[str, list[float]]) -> dict[str, float]:

@@ -46,6 +46,7 @@ class PPOState:
     phases: Phases = field(default_factory=Phases)  # of training, since the last log
     tokens: "TokenTables | None" = None  # with kl_log_tokens
     warned_of_scores: bool = False  # of large ones
+    warned_of_equal_scores: bool = False  # there is nothing to learn from
 
     def take_minibatch_sums(self) -> dict[str, float]:
         """This minibatch's sums; the next one starts at zero."""
