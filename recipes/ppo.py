@@ -9,7 +9,7 @@ dataset's name. Rewards, one or several: `module:function` or `file.py:function`
 and the other columns -> one number, or None, per completion), or a sequence-classification model. The reference is the
 model as it was: a frozen copy, or with --use_peft the model without the adapter. A share of the prompts is held out;
 score and KL are measured on them before and after. output_dir gets the policy, README.md (its card), run.yaml (to run
-it again), log.jsonl (a line per log) and samples.jsonl (what the policy says to the held-out prompts).
+it again), log.jsonl (a line per log) and samples.jsonl (the held-out prompts continued by both, with their scores).
 """
 
 import json
@@ -293,8 +293,8 @@ def describe(trainer: "PPOTrainer", own: OwnArguments, model_args: "ModelConfig"
 
 def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
     """Train, write what belongs beside the policy, and print what came of it and what to do next."""
-    from ppo_files import LogLines, card, next_command, settings, write_samples, write_settings
-    from ppo_run import console_of, print_results, train
+    from ppo_files import LogLines, card, next_command, samples_wanted, settings, write_samples, write_settings
+    from ppo_run import console_of, continued_by_both, print_results, train
 
     args, console, folder = trainer.args, console_of(trainer), Path(trainer.args.output_dir)
     said = describe(trainer, own, model_args)
@@ -310,9 +310,14 @@ def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
     command = next_command(trainer, str(model_args.model_name_or_path), own.trust_remote_code)
 
     before, after = train(trainer, lambda *measured: card(said, found, measured, trainer.state.log_history, command))
-    print_results(trainer, console, before, after)
-    count = write_samples(trainer, folder / "samples.jsonl")
-    console.print(f"In {folder}: the policy, README.md, run.yaml, log.jsonl, and samples.jsonl ({count} completions).")
+    samples = continued_by_both(trainer, samples_wanted(trainer))
+    if trainer.is_world_process_zero():
+        write_samples(samples, folder / "samples.jsonl")
+    print_results(trainer, console, before, after, samples)
+    console.print(
+        f"In {folder}: the policy, README.md, run.yaml, log.jsonl, and samples.jsonl ({len(samples)} prompts continued "
+        "by both, with their scores)."
+    )
     console.print(f"Where in them the policy and its reference part: {command}")
 
 

@@ -14,15 +14,13 @@ import torch
 import transformers
 import trl
 import yaml
-from accelerate.utils import gather_object
 from ppo_options import QUANTISATION
-from ppo_run import CURVE, KL, SCORE, completions_of, curve
+from ppo_run import CURVE, KL, curve, mean_score, same_score
 from transformers import TrainerCallback, TrainingArguments
 
 import klft
 from klft import AdapterReference, PPOConfig, PPOTrainer
 from klft.arguments import fits, hints
-from klft.parallel import gathered
 from klft.writing import atomic_write, two_digits
 
 SAMPLED = 64  # training prompts that are continued where none are held out
@@ -115,27 +113,16 @@ def line_of(log: dict[str, Any]) -> str:
 # --- samples.jsonl, and the next command -----------------------------------------------------------------------------
 
 
-def write_samples(trainer: PPOTrainer, path: Path) -> int:
-    """The held-out prompts (without them: some of training) continued by the policy, by all processes; their number."""
-    dataset: Any = trainer.eval_dataset or trainer.train_dataset
-    count = len(dataset) if trainer.eval_dataset else min(SAMPLED, len(dataset))
-    rank, processes = trainer.args.process_index, trainer.args.world_size
-    rows = [dataset[i] for i in range(rank, count, processes)]
-    torch.manual_seed(trainer.args.seed + rank)
-    policy, wrapped = trainer.accelerator.unwrap_model(trainer.model), trainer.model_wrapped
-    assert isinstance(wrapped, torch.nn.Module)
-    with gathered(wrapped):
-        completions, _ = completions_of(trainer, policy, rows)
-    columns = ("prompt", "chat_template_kwargs", "tools")  # with what klft diff renders a conversation by
-    mine = [
-        {name: row[name] for name in columns if name in row} | {"completion": said}
-        for row, said in zip(rows, completions, strict=True)
-    ]
-    written = gather_object(mine)
-    if trainer.is_world_process_zero():
-        with atomic_write(path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in written).encode())
-    return len(written)
+def samples_wanted(trainer: PPOTrainer) -> int:
+    """All held-out prompts; without them, some of those that were trained on."""
+    held_out: Any = trainer.eval_dataset
+    return len(held_out) if held_out else SAMPLED
+
+
+def write_samples(samples: list[dict[str, Any]], path: Path) -> None:
+    """One line of JSON per prompt."""
+    with atomic_write(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in samples).encode())
 
 
 def next_command(trainer: PPOTrainer, reference: str, trust_remote_code: bool) -> str:
@@ -170,10 +157,11 @@ def card(
     if before and after:
         results = (
             f"On {described['held out']} held-out prompts, sampled:\n\n| | before | after |\n|---|---|---|\n"
-            f"| mean score | {two_digits(before[SCORE])} | {two_digits(after[SCORE])} |\n"
+            f"| mean score | {mean_score(before)} | {mean_score(after)} |\n"
             f"| exact reverse KL to the reference, nats per sequence "
             f"| {two_digits(before[KL])} | {two_digits(after[KL])} |"
         )
+    results += f"\n\n{problem}" if (problem := same_score(history)) else ""
     lines = [CURVE, ["---:"] * len(CURVE), *curve(history)]
     course = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     versions = f"klft {klft.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
@@ -195,7 +183,8 @@ In training, on each rollout's own prompts (KL in nats per sequence):
 {course}
 
 Run again: `{again(Path(settings["output_dir"]) / "run.yaml")}` ([run.yaml](run.yaml) has all settings, `log.jsonl`
-every log). Where in the text the policy and its reference part:
+every log, `samples.jsonl` prompts continued by the policy and by its reference, with their scores). Where in the text
+the two part:
 
 ```
 {command}

@@ -117,14 +117,14 @@ def prepare(script: RecipeArguments, args: "PPOConfig", model_args: ModelConfig)
 
 def main(trainer: Any) -> None:
     """Train, with an evaluation before and after where there are prompts for it, and print what came of it."""
-    from ppo_run import console_of, print_results, train
+    from ppo_run import EXAMPLES, console_of, continued_by_both, print_results, train
 
     args, console = trainer.args, console_of(trainer)
     name = trainer.model.config._name_or_path
     console.print(f"{args.world_size} processes, {args.episodes_per_rollout} completions per rollout, policy {name}")
 
     before, after = train(trainer)
-    print_results(trainer, console, before, after)
+    print_results(trainer, console, before, after, continued_by_both(trainer, EXAMPLES) if before else [])
     console.print(f"The policy: {args.output_dir}. What the penalty prevents: --kl_coef 0 --output_dir demo_out/free")
     if args.kl_log_tokens:
         page = Path(args.output_dir).resolve() / "kl" / "report.html"

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import gather_object
 from ppo_trackers import group_charts, send_page
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,7 @@ from klft.parallel import gathered
 from klft.ppo.collector import continue_prompts
 from klft.ppo.completions import readable
 from klft.ppo.rewards import call_reward_functions, is_judged, reward_weights
-from klft.prompts import template_arguments
+from klft.prompts import TEMPLATE_COLUMNS, template_arguments
 from klft.writing import did_you_mean, two_digits
 
 TABLE_ROWS = 14
@@ -108,12 +109,18 @@ def reference_model(trainer: PPOTrainer):
     """The trainer's reference as a model to generate from: the policy without its adapter, or the frozen copy."""
     reference: Any = trainer.penalty.reference
     if isinstance(reference, AdapterReference):
-        policy: Any = trainer.accelerator.unwrap_model(trainer.model)
-        with policy.disable_adapter():
+        with policy_model(trainer) as policy, policy.disable_adapter():
             yield policy
     else:
-        with reference.placement.in_use():
+        with reference.placement.in_use(), gathered(reference.model):
             yield reference.model
+
+
+@contextmanager
+def policy_model(trainer: Any):
+    """The trainer's policy as a model to generate from, whole on every process."""
+    with gathered(trainer.model_wrapped):
+        yield trainer.accelerator.unwrap_model(trainer.model)
 
 
 @torch.no_grad()
@@ -152,36 +159,55 @@ def call_rewards(
     )
 
 
-def total_scores(trainer: Any, rows: list[dict[str, Any]], said: tuple[list[Any], list[list[int]]]) -> list[float]:
-    """The weighted sum of the reward functions for each completion; NaN where none of them applies."""
+def total_scores(trainer: Any, rows: list[dict], said: tuple[list[Any], list[list[int]]]) -> list[float | None]:
+    """The weighted sum of the reward functions for each completion; None where none of them applies."""
     scores = call_rewards(trainer.reward_funcs, rows, *said, trainer.args, trainer.state)
     weights = reward_weights(trainer.args.reward_weights, len(trainer.reward_funcs))
-    return (scores * weights).nansum(-1).masked_fill(~is_judged(scores), torch.nan).tolist()
+    totals = (scores * weights).nansum(-1).tolist()
+    return [total if judged else None for total, judged in zip(totals, is_judged(scores).tolist(), strict=True)]
 
 
-def samples_table(trainer: Any) -> Table:
-    """The first evaluation prompts continued by the reference and by the policy, sampled, with their scores.
+def continued_by_both(trainer: Any, count: int) -> list[dict[str, Any]]:
+    """The first `count` evaluation prompts (without them: of training) continued by reference and policy, sampled.
 
-    Every process must call: each generates and scores the same.
+    One row each: the prompt, with what a conversation is rendered by; both continuations, as the reward functions see
+    them; their scores, None where no function gives one. The processes share the prompts out, and all must call.
     """
-    rows = [trainer.eval_dataset[i] for i in range(min(EXAMPLES, len(trainer.eval_dataset)))]
+    args = trainer.args
+    dataset = trainer.eval_dataset or trainer.train_dataset
+    count, rank, processes = (
+        min(count, len(dataset)),
+        args.process_index // args.tp_size,
+        args.world_size // args.tp_size,
+    )
+    # As many for each process, since a sharded reward model computes on all of them at once: the first ones repeat.
+    mine = [i % count for i in range(rank, -(-count // processes) * processes, processes)]
+    rows = [dataset[i] for i in mine]
     said = {}
-    for name in ("reference", "policy"):
-        torch.manual_seed(trainer.args.seed)
-        if name == "reference":
-            with reference_model(trainer) as model:
-                said[name] = completions_of(trainer, model, rows)
-        else:
-            with gathered(trainer.model_wrapped):
-                said[name] = completions_of(trainer, trainer.accelerator.unwrap_model(trainer.model), rows)
+    for name, model in (("reference", reference_model(trainer)), ("policy", policy_model(trainer))):
+        torch.manual_seed(args.seed + rank)
+        with model as whole:
+            said[name] = completions_of(trainer, whole, rows)
+    scores = {name: total_scores(trainer, rows, texts) for name, texts in said.items()}
+    made = [
+        {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row}
+        | {"completion": said["policy"][0][i], "score": scores["policy"][i]}
+        | {"reference_completion": said["reference"][0][i], "reference_score": scores["reference"][i]}
+        for i, row in enumerate(rows)
+    ]
+    by_prompt = dict(reversed(gather_object(list(zip(mine, made, strict=True)))))
+    return [by_prompt[i] for i in range(count)]
 
+
+def samples_table(samples: list[dict[str, Any]]) -> Table:
+    """The first of what `continued_by_both` made."""
     table = Table(title="the same prompts, continued by both, with their scores", show_lines=True)
     for name in ("prompt", "the reference", "score", "the policy", "score"):
         table.add_column(name)
-    scores = {name: total_scores(trainer, rows, texts) for name, texts in said.items()}
-    for i, row in enumerate(rows):
-        cells = [(readable(said[name][0][i]), two_digits(scores[name][i])) for name in ("reference", "policy")]
-        table.add_row(readable(row["prompt"]), *cells[0], *cells[1])
+    for row in samples[:EXAMPLES]:
+        cells = [readable(row[name]) for name in ("prompt", "reference_completion", "completion")]
+        scores = ["" if row[name] is None else two_digits(row[name]) for name in ("reference_score", "score")]
+        table.add_row(cells[0], cells[1], scores[0], cells[2], scores[1])
     return table
 
 
@@ -214,12 +240,37 @@ def kl_table(history: list[dict]) -> Table:
     return table
 
 
-def print_results(trainer: Any, console: Console, before: dict[str, float], after: dict[str, float]) -> None:
-    """The KL table; and with evaluation prompts what both models say to them, and score and KL before and after."""
-    console.print(kl_table(trainer.state.log_history))
-    if trainer.eval_dataset:
-        console.print(samples_table(trainer))
+def mean_score(metrics: dict[str, float]) -> str:
+    """The mean score of an evaluation; nan where no completion was judged."""
+    return two_digits(metrics.get(SCORE, math.nan))
+
+
+def same_score(history: list[dict]) -> str | None:
+    """That all completions of training had one score, or none, in words for the end of a run."""
+    logs = [log for log in history if "kl/coef" in log]
+    scores = {log.get("reward/score/mean") for log in logs}
+    if len(scores) != 1 or any(log.get("reward/score/std") for log in logs):
+        return None
+    (score,), trained = scores, f"{logs[-1]['episode']:.0f} completions"
+    learnt = "nothing but the KL was learnt" if any(log["kl/coef"] for log in logs) else "nothing was learnt"
+    if score is None:
+        return f"None of the {trained} was given a score: {learnt}."
+    return f"The score was the same, {two_digits(score)}, for all {trained}: {learnt}."
+
+
+def print_results(
+    trainer: Any, console: Console, before: dict[str, float], after: dict[str, float], samples: list[dict[str, Any]]
+) -> None:
+    """The KL table, what both models say to the samples' prompts, and score and KL on evaluation prompts."""
+    history = trainer.state.log_history
+    console.print(kl_table(history))
+    if samples:
+        console.print(samples_table(samples))
+    if before and after:
         console.print(
-            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {two_digits(before[SCORE])} "
-            f"to {two_digits(after[SCORE])},\nat an exact reverse KL of {two_digits(after[KL])} nats per sequence."
+            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {mean_score(before)} to "
+            f"{mean_score(after)},\n"
+            f"at an exact reverse KL of {two_digits(after[KL])} nats per sequence."
         )
+    if problem := same_score(history):
+        console.print(problem)

@@ -24,6 +24,14 @@ def short(completions, completion_ids, **_):
     return [-len(ids) / 4 for ids in completion_ids]
 
 
+def zero(completions, **_):
+    return [0] * len(completions)
+
+
+def unjudged(completions, **_):
+    return [None] * len(completions)
+
+
 def broken(completions, **_):
     return [float("nan")] * len(completions)
 
@@ -80,6 +88,7 @@ def run(world, monkeypatch, capsys):
         monkeypatch.syspath_prepend(str(RECIPES))
         monkeypatch.setattr(sys, "argv", [str(RECIPES / "ppo.py"), *arguments])
         monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("COLUMNS", "400")  # one line per row of a table
         capsys.readouterr()
         runpy.run_path(str(RECIPES / "ppo.py"), run_name="__main__")
         return capsys.readouterr().out
@@ -105,6 +114,24 @@ def diff(command, monkeypatch, world):
     with pytest.raises(SystemExit) as ended:
         main()
     return ended.value.code
+
+
+def check_samples(rows, said):
+    """The first lines of samples.jsonl stand in the table; every score is that of the text beside it."""
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
+    for row in rows[:3]:
+        both = [
+            part
+            for name in ("reference_", "")
+            for part in (row[f"{name}completion"].strip(), two_digits(row[f"{name}score"]))
+        ]
+        assert [row["prompt"], *both] in table
+    for row in rows:
+        for name in ("", "reference_"):
+            text = row[f"{name}completion"]
+            score = text.split().count("w5") / 8 - 0.5 * min(len(text.split()) + 1, 6) / 4
+            assert row[f"{name}score"] == pytest.approx(score, abs=0.13)  # more by one, where it ends without EOS
+    assert any(row["completion"] != row["reference_completion"] for row in rows)
 
 
 def test_texts_and_two_rewards(run, world, tmp_path, monkeypatch, capsys):
@@ -149,6 +176,7 @@ def test_texts_and_two_rewards(run, world, tmp_path, monkeypatch, capsys):
     held = lines_of(out / "samples.jsonl")
     assert len({row["prompt"] for row in held}) == 8
     assert {row["prompt"] for row in held} < set(tiny.prompts(32)["prompt"])
+    check_samples(held, said)
 
     assert diff(last_command(said), monkeypatch, world) in (0, None)
     assert (out / "diff.html").is_file()
@@ -171,7 +199,8 @@ def test_conversations_with_an_adapter_and_a_reward_model(run, world, tmp_path, 
     assert "KL: exact in the loss" in said
     assert f"reference {world}/policy without the new adapter" in said
     assert "policy, a new adapter |" in (out / "README.md").read_text()
-    assert lines_of(out / "samples.jsonl")[0]["completion"][0]["role"] == "assistant"
+    sample = lines_of(out / "samples.jsonl")[0]
+    assert {sample[f"{name}completion"][0]["role"] for name in ("", "reference_")} == {"assistant"}
     assert "--adapter" in last_command(said)
     assert diff(last_command(said), monkeypatch, world) in (0, None)
 
@@ -183,6 +212,19 @@ def test_none_held_out_and_a_reward_model(run, world, tmp_path, monkeypatch):
     assert "nothing was measured" in (tmp_path / "out" / "README.md").read_text()
     assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 32
     assert diff(last_command(said), monkeypatch, world) in (0, None)
+
+
+def test_a_score_that_was_always_the_same_is_said_at_the_end(run, tmp_path):
+    said = run(tmp_path / "out", reward=["judge_of_words.py:zero"], max_steps=2)
+    line = "The score was the same, 0.0, for all 4 completions: nothing but the KL was learnt."
+    assert line in said.splitlines()
+    assert line in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_no_score_at_all(run, tmp_path):
+    said = run(tmp_path / "out", reward=["judge_of_words.py:unjudged"], kl_coef=0)
+    assert "None of the 8 completions was given a score: nothing was learnt." in said.splitlines()
+    assert {row["score"] for row in lines_of(tmp_path / "out" / "samples.jsonl")} == {None}
 
 
 def test_a_resumed_run_has_one_log_of_everything(run, tmp_path):
@@ -211,7 +253,9 @@ def test_two_processes_train_one_policy(world, tmp_path):
     assert done.stdout.count("(8 held out)") == done.stdout.count("klft diff") == 1
     logs = lines_of(out / "log.jsonl")
     assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3, 4]
-    assert len({row["prompt"] for row in lines_of(out / "samples.jsonl")}) == 8
+    samples = lines_of(out / "samples.jsonl")
+    assert len(samples) == len({row["prompt"] for row in samples}) == 8
+    assert all(two_digits(row["score"]) in done.stdout for row in samples[:3])
     assert yaml.safe_load((out / "run.yaml").read_text())["processes"] == 2
 
 
