@@ -163,7 +163,7 @@ def card(
         )
     results += f"\n\n{problem}" if (problem := same_score(history)) else ""
     lines = [CURVE, ["---:"] * len(CURVE), *curve(history)]
-    course = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    course = "\n".join(f"| {' | '.join(line)} |" for line in lines) if curve(history) else "No rollout was logged."
     versions = f"klft {klft.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, "
     versions += f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"""---

@@ -263,7 +263,7 @@ def print_results(
 ) -> None:
     """The KL table, what both models say to the samples' prompts, and score and KL on evaluation prompts."""
     history = trainer.state.log_history
-    console.print(kl_table(history))
+    console.print(kl_table(history) if curve(history) else "No rollout was logged: there is no table of score and KL.")
     if samples:
         console.print(samples_table(samples))
     if before and after:

@@ -33,11 +33,17 @@ class RolloutProgress(ProgressCallback):
         if state.is_world_process_zero:
             size, steps = args.episodes_per_rollout, args.steps_per_rollout
             left = -(-(state.max_steps - state.global_step) // steps)
-            self._say(f"{left} rollout(s) of {size} completions to train on, {steps} step(s) each; a line per rollout")
+            every, end = state.logging_steps, ", and at the end"
+            lines = {"no": "none is logged (logging_strategy: no)", "epoch": f"a line per pass over the prompts{end}"}
+            lines["steps"] = "a line per rollout" if every <= steps else f"a line every {every} steps{end}"
+            said = f"{left} rollout(s) of {size} completions to train on, {steps} step(s) each"
+            self._say(f"{said}; {lines[args.logging_strategy]}")
             self.trainer.ppo.phases.entered = self._show_phase
 
     def on_step_end(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Move the bar on."""
+        """Move the bar on. A rollout that the end of training would leave unlogged is logged now."""
+        if control.should_training_stop and self.trainer.ppo.train.tables and args.logging_strategy != "no":
+            control.should_log = True
         if self.has_bar:
             super().on_step_end(args, state, control, **kwargs)
 

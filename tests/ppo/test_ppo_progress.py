@@ -81,6 +81,27 @@ def test_the_trainers_own_is_replaced_and_a_users_kept(disable_tqdm, tmp_path):
     assert not {ProgressCallback, PrinterCallback} & set(kinds)
 
 
+@pytest.mark.parametrize(("changed", "lines", "when"), [
+    ({"max_steps": 1, "logging_steps": 2}, ["step 1"], "a line per rollout"),
+    ({"max_steps": 3, "logging_steps": 2}, ["step 2", "step 3"], "a line per rollout"),
+    ({"max_steps": 4, "logging_steps": 4}, ["step 4"], "a line every 4 steps, and at the end"),
+    ({"max_steps": 4, "logging_steps": 10}, ["step 4"], "a line every 10 steps, and at the end"),
+    ({"max_steps": 4, "logging_steps": 0.75}, ["step 3"], "a line every 3 steps, and at the end"),
+    ({"max_steps": 20, "logging_steps": 13}, ["step 13", "step 20"], "a line every 13 steps, and at the end"),
+    ({"max_steps": 3, "logging_strategy": "epoch"}, ["step 3"], "a line per pass over the prompts, and at the end"),
+    ({"max_steps": 2, "logging_strategy": "no"}, [], "none is logged (logging_strategy: no)"),
+])  # fmt: skip
+def test_no_rollout_ends_without_its_line(changed, lines, when, tmp_path, capsys):
+    run = trained(tmp_path, **{"logging_steps": 2, "num_ppo_epochs": 2} | changed)
+    first, *said = capsys.readouterr().out.splitlines()
+    assert first.partition("; ")[2] == when
+    assert [line.partition(":")[0].replace("  ", " ") for line in said] == lines
+    rollouts = [log for log in run.state.log_history if "kl/coef" in log]
+    assert len(rollouts) == len(lines)
+    if lines:
+        assert rollouts[-1]["episode"] == run.episodes
+
+
 def test_scores_of_none_leave_their_place_out(tmp_path, capsys):
     trained(tmp_path, reward=lambda completions, **_: [None] * len(completions), max_steps=2)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
