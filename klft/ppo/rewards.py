@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -322,7 +323,7 @@ def call_reward_functions(
     of_models = given | {"template_arguments": templates}
     names, results = reward_names(functions), []
     for name, f in zip(names, functions, strict=True):
-        call = functools.partial(f, **(of_models if isinstance(f, RewardModel) else given))
+        call = functools.partial(_call, name, f, of_models if isinstance(f, RewardModel) else given)
         results.append(within(timeout, lambda name=name: f"rank {rank}: reward function {name!r}", call))
     waiting = {i: r for i, r in enumerate(results) if inspect.isawaitable(r)}
     if waiting:
@@ -341,6 +342,21 @@ def call_reward_functions(
     return torch.tensor(columns_of_scores, dtype=torch.float32).reshape(len(functions), len(prompts)).T
 
 
+def _call(name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
+    """function(**given). Raises TypeError with the way out where its signature does not fit."""
+    try:
+        return function(**given)
+    except TypeError as error:
+        with suppress(ValueError):  # of a builtin that has no signature
+            try:
+                inspect.signature(function).bind(**given)
+            except TypeError as unfit:
+                way_out = "add **_ to its arguments for those it does not use; another name must be a prompts' column"
+                called = f"It is called with {', '.join(given)} by name: {way_out}"
+                raise TypeError(f"reward function {name!r} {unfit}. {called}") from error
+        raise
+
+
 def is_judged(scores: Tensor) -> Tensor:
     """[B, K] -> [B]: whether any function gave a number."""
     return ~scores.isnan().all(-1)
@@ -352,7 +368,8 @@ def _checked(name: str, returned: Any, prompts: list) -> list[float]:
     if hasattr(returned, "tolist"):
         returned = returned.tolist()
     if not isinstance(returned, (list, tuple)) or len(returned) != len(prompts):
-        got = f"{len(returned)} values" if isinstance(returned, (list, tuple)) else f"a {type(returned).__name__}"
+        got = "None (is its `return` missing?)" if returned is None else f"a {type(returned).__name__}"
+        got = f"{len(returned)} values" if isinstance(returned, (list, tuple)) else got
         raise ValueError(f"reward function {name!r} must return one number per completion: {len(prompts)}, got {got}")
     for index, value in enumerate(returned):
         if not _is_score(value):

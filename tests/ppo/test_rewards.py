@@ -1,7 +1,9 @@
 """Reward functions and reward models: what is accepted, what comes out of it, what an error says."""
 
 import asyncio
+import functools
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -99,6 +101,50 @@ def test_an_exception_in_a_function_is_its_own():
             call([length, f])
 
 
+def strict(prompts, completions):
+    return [0.0] * len(prompts)
+
+
+async def strict_later(prompts, completions):
+    return [0.0] * len(prompts)
+
+
+class Strict:
+    __name__ = "strict_object"
+
+    def __call__(self, prompts, *, completions):
+        return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(("function", "said"), [
+    (strict, "'strict' got an unexpected keyword argument 'answer'."),
+    (strict_later, "'strict_later' got an unexpected keyword argument"),
+    (Strict(), "'strict_object' got an unexpected keyword argument"),
+    (functools.partial(strict, [1]), "'strict' "),
+    (lambda solution, **_: solution, "'<lambda>' missing a required argument: 'solution'."),
+])  # fmt: skip
+def test_arguments_that_do_not_fit_are_named_with_the_way_out(function, said):
+    with pytest.raises(TypeError, match=f"^reward function {re.escape(said)}") as caught:
+        call([length, function], columns={"answer": ["a", "b"]})
+    assert "called with answer, prompts, completions, completion_ids by name: add **_ " in str(caught.value)
+
+
+def test_a_type_error_inside_a_function_is_its_own():
+    def adds(completions, **_):
+        return completions + 1
+
+    def filtered(function):
+        @functools.wraps(function)
+        def called(**given):
+            return function(given["prompts"], given["completions"])
+
+        return called
+
+    with pytest.raises(TypeError, match="can only concatenate list"):
+        call(adds)
+    assert call(filtered(strict)).tolist() == [[0.0], [0.0]]
+
+
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
 def test_a_column_cannot_take_the_place_of_what_was_sampled(name):
     """A dataset may have a column of that name; scoring it instead of the samples would train on nothing."""
@@ -175,7 +221,7 @@ def judge(returned):
         ([], "0 values"),
         (torch.zeros(3), "3 values"),
         (1.0, "a float"),
-        (None, "a NoneType"),
+        (None, "None"),
         (torch.tensor(1.0), "a "),
         ("ab", "str"),  # two characters are not two numbers
         ({"a": 1.0, "b": 2.0}, "dict"),

@@ -24,6 +24,10 @@ def short(completions, completion_ids, **_):
     return [-len(ids) / 4 for ids in completion_ids]
 
 
+def strict(prompts, completions):
+    return [0.0] * len(completions)
+
+
 def zero(completions, **_):
     return [0] * len(completions)
 
@@ -280,7 +284,14 @@ REFUSED = [
         {"reward": ["judge_of_words.py:broken"]},
         "two made-up completions: ValueError: reward function 'broken' returned",
     ),
-    ({"reward": ["judge_of_words.py:raising"]}, "two made-up completions: TypeError: raising() missing 1 required"),
+    (
+        {"reward": ["judge_of_words.py:strict"]},
+        "two made-up completions: TypeError: reward function 'strict' got an unexpected keyword argument",
+    ),
+    (
+        {"reward": ["judge_of_words.py:raising"]},
+        "TypeError: reward function 'raising' missing a required argument: 'solution'. It is",
+    ),
     (
         {"reward": ["no_folder"]},
         "--reward no_folder: there is no such folder",
