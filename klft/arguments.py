@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ ALLOWED_ENV = (
     "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_NAME", "WANDB_NOTES",
     "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS",
 )  # fmt: skip
+CALLED_ELSEWHERE = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+    "max_length": "max_completion_length", "beta": "kl_coef", "model": "model_name_or_path", "dataset": "prompts",
+}  # fmt: skip
 SAME = (("max_steps", "total_episodes", "num_train_epochs"),)  # one on the command line replaces a file's others
 # --help: what a group is called whose dataclass's docstring is no title, and what it shows of the Trainer's own beside
 # the script's YAML.
@@ -139,9 +143,16 @@ def check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
     """The fields that the command line names. Raises ValueError, with a similar name, for what is none."""
     named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
     for name in sorted(named - fields.keys() - {"config", "help", "help_all"}):
-        if not any(field.startswith((name, name.removeprefix("no_"))) for field in fields):  # as argparse takes them
-            raise ValueError(f"unknown option --{name}{did_you_mean(name, fields, '--{}'.format)}")
+        if name.removeprefix("no_") not in fields:  # argparse has a --no_ for each switch that is on
+            raise ValueError(f"unknown option --{name}{_similar(name, [*fields, 'config'], '--{}'.format)}")
     return named
+
+
+def _similar(name: str, fields: Collection[str], shown: Callable[[str], str]) -> str:
+    """did_you_mean, for names that other libraries use, and for the beginning of one, too."""
+    likely = CALLED_ELSEWHERE.get(name, "")
+    begins = next((field for field in fields if field.startswith(name)), name)
+    return did_you_mean(likely if likely in fields else name, fields, shown) or did_you_mean(begins, fields, shown)
 
 
 def _without_replaced(path: Path, values: dict[str, Any], named: set[str], folder: Path) -> Path:
@@ -190,7 +201,7 @@ def check_yaml(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         if key == "env":
             _check_env(path, line, values["env"])
         elif key not in fields:
-            raise ValueError(f"{path}:{line}: unknown key {key!r}{did_you_mean(str(key), fields, repr)}")
+            raise ValueError(f"{path}:{line}: unknown key {key!r}{_similar(str(key), fields, repr)}")
         elif not fits(values[key], fields[key]):
             raise ValueError(f"{path}:{line}: {key} must be {_name(fields[key])}, got {values[key]!r:.80}")
     return values

@@ -114,7 +114,7 @@ def check_required(required: dict[str, str]) -> None:
     """Raise ValueError that names every required option that is missing; a --smoke needs none."""
     options = given_options()
     smoke = options.get("smoke", [False])[-1:] in ([], [True], ["true"], ["True"])
-    missing = [name for name in required if not any(name.startswith(option) for option in options if option)]
+    missing = [name for name in required if name not in options]
     if missing and not smoke:
         listed = [f"--{name} ({required[name]})" for name in missing]
         raise ValueError(f"recipes/ppo.py needs {'; '.join(listed)}. --smoke runs with made-up ones")

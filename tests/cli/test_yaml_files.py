@@ -139,6 +139,31 @@ def test_how_long_as_the_command_line_says_it_in_whichever_words(tmp_path, line,
     assert (made.max_steps, made.total_episodes, made.num_train_epochs) == length
 
 
-def test_an_option_that_is_none_names_a_similar_one():
-    with pytest.raises(ValueError, match=r"^unknown option --kl_ceof. Did you mean --kl_coef\?$"):
-        parse_arguments((PPOConfig,), ["--output_dir", "out", "--kl_ceof", "2"])
+@pytest.mark.parametrize(("given", "similar"), [
+    ("kl_ceof", "kl_coef"),
+    ("kl_co", "kl_coef"),  # no abbreviations: --lr might be three options
+    ("lr", "learning_rate"),
+    ("lr=1e-4", "learning_rate"),
+    ("lr_", "lr_scheduler_type"),
+    ("epochs", "num_train_epochs"),
+    ("batch-size", "per_device_train_batch_size"),
+    ("max_length", "max_completion_length"),
+    ("beta", "kl_coef"),
+    ("conf", "config"),
+])  # fmt: skip
+def test_an_option_that_is_none_names_a_similar_one(given, similar):
+    name = given.partition("=")[0].replace("-", "_")
+    with pytest.raises(ValueError, match=rf"^unknown option --{name}. Did you mean --{similar}\?$"):
+        parse_arguments((PPOConfig,), ["--output_dir", "out", f"--{given}", "2"])
+
+
+def test_a_name_from_elsewhere_is_one_of_these_fields_or_nothing_is_suggested(tmp_path):
+    with pytest.raises(ValueError, match=r":1: unknown key 'beta'. Did you mean 'kl_coef'\?$"):
+        parsed(tmp_path, "beta: 0.1\n")
+    with pytest.raises(ValueError, match=r"unknown option --lr$"):
+        parse_arguments((Settings,), ["--lr", "2"])
+
+
+def test_a_switch_that_is_on_can_be_turned_off(tmp_path):
+    (made,) = parse_arguments((PPOConfig,), ["--output_dir", str(tmp_path), "--no_self_test"])
+    assert not made.self_test

@@ -34,6 +34,9 @@ def ended(recipe, arguments, cwd):
 OWN = ["--prompts", "bad.yaml", "--reward", "builtins:len"]
 EARLY = [
     ("ppo", ["--smoke", "--lerning_rate", "3"], "unknown option --lerning_rate. Did you mean --learning_rate?", 0),
+    ("ppo", ["--smoke", "--lr", "1e-4"], "unknown option --lr. Did you mean --learning_rate?", 0),
+    ("ppo", ["--smoke", "--model", "x"], "unknown option --model. Did you mean --model_name_or_path?", 0),
+    ("ppo", ["--smoke", "--dataset", "x"], "unknown option --dataset. Did you mean --prompts?", 0),
     ("ppo", ["--smoke", "--config", "bad.yaml"], "bad.yaml:1: unknown key 'kl_coeff'. Did you mean 'kl_coef'?", 0),
     ("ppo", ["--smoke", "--load_in_4bit", "1"], "--load_in_4bit does nothing in this recipe: leave it out", 0),
     ("ppo", ["--smoke", "--held_out", "2"], "--held_out must be a share of the prompts, at least 0 and below 1", 0),
