@@ -178,7 +178,8 @@ def _files(path: Path) -> list[Path]:
     if not files:
         lacks = f"holds no *.parquet, nor does {path / 'kl'}" if path.exists() else "does not exist"
         raise ValueError(
-            f"{path} {lacks}; name a Parquet file, a folder of them, or the output_dir of a run with tokens"
+            f"{path} {lacks}; name a Parquet file, a folder of them, or the output_dir of a run with tokens: "
+            "--kl_log_tokens N, or PPOConfig(kl_log_tokens=N), logs them in every N-th rollout"
         )
     return files
 
