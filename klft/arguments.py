@@ -116,7 +116,8 @@ def help_text(classes: tuple[type, ...], unused: Collection[str] = (), *, everyt
 def _option_help(field: dataclasses.Field) -> str:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     known = "required" if default is dataclasses.MISSING else f"default {getattr(default, 'value', default)}"
-    text = f"--{field.name}: {field.metadata.get('help') or ''} ({known})"
+    meant = str(field.metadata.get("help") or "").replace("%%", "%")  # argparse's escape
+    text = f"--{field.name}: {meant} ({known})"
     width = min(max(shutil.get_terminal_size().columns, 40), 120)
     return textwrap.fill(" ".join(text.split()), width, initial_indent="  ", subsequent_indent="      ")
 

@@ -171,7 +171,10 @@ def test_help_all_has_every_option(monkeypatch, capsys):
     from klft import PPOConfig
     from klft.arguments import hints
 
-    found = groups(shown("ppo", "--help-all", monkeypatch, capsys))
+    text = shown("ppo", "--help-all", monkeypatch, capsys)
+    assert "~20% " in text
+    assert "%%" not in text  # as argparse has it
+    found = groups(text)
     names = {name for group in found.values() for name in group}
     refused = {"load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"}
     assert hints(PPOConfig).keys() | hints(ModelConfig).keys() == (
