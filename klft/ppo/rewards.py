@@ -7,6 +7,8 @@ One number per completion, or None where the function does not apply: it is left
 that no function judged counts in no metric of scores, and is trained on the KL penalty alone, as if its score were 0.
 A wrong length, a non-number, NaN or infinity is an error that names the function, the index and the prompt. Texts are
 those of `decode_completions`: with special tokens that the policy wrote, without BOS, EOS and padding.
+Logged as reward/<__name__>/mean; reward/score/* is the weighted sum of all, so a function that is called `score` is
+logged as score_2, like the second of any name.
 """
 
 import copy
