@@ -29,6 +29,7 @@ from ppo_options import (
     check_used,
     check_values,
     given_options,
+    options_in_errors,
     parse_light,
     wants_help,
 )
@@ -323,7 +324,7 @@ def main(trainer: Any, own: OwnArguments, model_args: "ModelConfig") -> None:
 
 if __name__ == "__main__":
     with exit_codes():
-        with one_line_errors():
+        with one_line_errors(), options_in_errors():
             from trl import ModelConfig
 
             # In seconds; what it takes to import torch, transformers and TRL is paid by those who can train.

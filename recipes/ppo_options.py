@@ -10,8 +10,9 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,27 @@ def check_used(unused: set[str], *configs: Any, why: str = "does nothing in this
         for option in dataclasses.fields(config):
             if option.name in unused and getattr(config, option.name) != option.default:
                 raise ValueError(f"--{option.name} {why}")
+
+
+@contextmanager
+def options_in_errors():
+    """Inside, an error that says `name=value` of PPOConfig says `--name value`: its reader has a command line."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        fields: dict[str, Any] = {}
+        with suppress(LookupError):
+            fields = all_fields()
+
+        def as_option(found: re.Match) -> str:
+            name, value = found.groups()
+            said = value.lower() if value in ("True", "False") else value.strip("'")
+            return f"--{name} {said}" if name in fields else found[0]
+
+        text = re.sub(r"(?<![\w-])(\w+)=(True|False|'[^']*'|-?\d+(?:\.\d+)?(?:e-?\d+)?)", as_option, str(error))
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
 
 
 def wants_help() -> bool:

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_options import QUANTISATION, check_names, check_trackers, check_used, check_values, parse_light, wants_help
+from ppo_options import (
+    QUANTISATION,
+    check_names,
+    check_trackers,
+    check_used,
+    check_values,
+    options_in_errors,
+    parse_light,
+    wants_help,
+)
 from reward_functions import is_function, load_function
 from trl import ModelConfig, ScriptArguments
 
@@ -133,7 +142,7 @@ def main(trainer: Any) -> None:
 
 if __name__ == "__main__":
     with exit_codes():
-        with one_line_errors():
+        with one_line_errors(), options_in_errors():
             check_names(RecipeArguments, ModelConfig)
             if not wants_help():
                 check_own(*parse_light(RecipeArguments, ModelConfig))

@@ -325,6 +325,19 @@ def test_what_cannot_work_is_one_line(changed, said, world, tmp_path, monkeypatc
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(("changed", "said"), [
+    ({}, "Continue it with --resume_from_checkpoint true, or replace it with --overwrite_output_dir true, or name"),
+    ({"kl_controller": "pi"}, "--kl_controller pi needs kl_target"),
+    ({"logging_nan_inf_filter": "true"}, "logging_nan_inf_filter must be False"),  # is no option=value
+])  # fmt: skip
+def test_an_error_says_options_as_the_command_line_takes_them(changed, said, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    assert said in error_of("ppo", options(world, tmp_path / "out", **changed), monkeypatch, capsys)
+
+
 def test_missing_options_are_named_together(monkeypatch, capsys):
     line = error_of("ppo", [], monkeypatch, capsys)
     assert all(f"--{name} (" in line for name in ("model_name_or_path", "prompts", "reward"))
