@@ -46,7 +46,7 @@ EARLY = [
     ("ppo_reviews", ["--kl_ceof", "3"], "unknown option --kl_ceof. Did you mean --kl_coef?", 0),
     ("ppo_reviews", ["--dataset_streaming"], "--dataset_streaming does nothing in this recipe: leave it out", 0),
     ("ppo", ["--smoke", "--learning_rate", "-3"], "--learning_rate must be finite and >= 0, got -3.0", 1),
-    ("ppo", ["--smoke", "--kl_controller", "adaptive"], "PPOConfig: kl_controller='adaptive' needs kl_target", 1),
+    ("ppo", ["--smoke", "--kl_controller", "adaptive"], "PPOConfig: --kl_controller adaptive needs kl_target", 1),
     ("ppo", ["--smoke", "--config", "twice.yaml"], "PPOConfig: total_episodes and max_steps say the same thing", 1),
     ("ppo", ["--smoke", "--kl_placement", "loss"], "PPOConfig: k1 as a loss has a gradient of zero", 1),
     ("ppo", ["--smoke", "--log_completions", "--logging_strategy=no"], "PPOConfig: log_completions would be ign", 1),
