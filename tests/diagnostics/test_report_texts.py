@@ -23,16 +23,21 @@ def browser():
         assert started.log() == []
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    """A conversation of two turns, of which the second one is scored; a second one like it."""
+def write_chat(folder, hidden=False):
+    """A conversation of two turns, of which the second one is scored; a second one like it. `hidden`: ids for texts."""
     rows = []
     for sample in (0, 1):
         for at, text in enumerate(CHAT):
             numbers = {"reverse_kl": 0.25, "forward_kl": 0.5} if at > 11 else {"is_prompt": True, "logp": None}
-            rows.append({"sample_id": sample, "position": at, "token_id": at, "token": text} | numbers)
-    kinds = dict.fromkeys((7, 16), "end of turn")
-    return write_report(table_of(rows, classes=kinds), tmp_path_factory.mktemp("chat") / "r.html")
+            token = f"<id {at}>" if hidden else text
+            rows.append({"sample_id": sample, "position": at, "token_id": at, "token": token} | numbers)
+    kinds = {at: "whitespace" for at, text in enumerate(CHAT) if text.isspace()} | dict.fromkeys((7, 16), "end of turn")
+    return write_report(table_of(rows, classes=kinds), folder / "r.html")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return write_chat(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,14 @@ def test_turns_are_blocks_with_their_sums(browser, chat):
     said = "Turn 2: Σ reverse 1.5, Σ forward 3"
     assert turns == [["".join(CHAT[:9]), "group", "Turn 1: given"], ["".join(CHAT[9:]), "group", said]] * 2
     assert said in browser.each(".turn", "getComputedStyle(e, '::before').content")[1]
+
+
+def test_turns_and_their_sums_are_the_same_where_texts_are_hidden(browser, chat, tmp_path):
+    found = []
+    for page in (chat, write_chat(tmp_path, hidden=True)):
+        browser.get_report(page)
+        found.append(browser.each(".turn", "[e.getAttribute('aria-label'), e.querySelectorAll('.t').length]"))
+    assert found[0] == found[1] == [["Turn 1: given", 9], ["Turn 2: Σ reverse 1.5, Σ forward 3", 9]] * 2
 
 
 def test_texts_are_drawn_where_they_are_looked_at(browser, long):

@@ -164,12 +164,13 @@ const sumOf = (name, from, to) => {
   return any ? sum : null;
 };
 
-/* A turn ends with its end-of-turn token and the white space after it. */
+/* A turn ends with its end-of-turn token and the white space after it: told by classes, as texts can be hidden. */
 function turnsOf(from, to) {
   const turns = [];
+  const is = (kind, at) => classOf(columns.token[at]) === kind;
   for (let at = from, start = from; at < to; at++) {
-    if (at + 1 < to && classOf(columns.token[at]) !== "end of turn") continue;
-    while (at + 1 < to && /^\s+$/.test(data.vocabulary[columns.token[at + 1]])) at++;
+    if (at + 1 < to && !is("end of turn", at)) continue;
+    while (at + 1 < to && is("whitespace", at + 1)) at++;
     turns.push({ from: start, to: (start = at + 1) });
   }
   return turns;
