@@ -68,12 +68,7 @@ def masked_var(x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce) -
 
 
 def masked_whiten(
-    x: Float[Tensor, "*B"],
-    mask: Mask,
-    reduce: Reduce = no_reduce,
-    *,
-    shift_mean: bool = True,
-    eps: float = 1e-8,
+    x: Float[Tensor, "*B"], mask: Mask, reduce: Reduce = no_reduce, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Tensor, "*B"]:
     """(x - mean) / sqrt(var + eps) where mask holds, 0 elsewhere. `shift_mean=False` only rescales: the mean is scaled
     too, where TRL's masked_whiten puts it back as it was. The variance is masked_var's, divided by the count."""

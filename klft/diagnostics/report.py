@@ -87,10 +87,8 @@ def _run_name(source: Any, table: pa.Table) -> str:
 def _render(context: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, loader=FileSystemLoader(PAGE), undefined=StrictUndefined)
     environment.filters |= {"visible": visible, "short": _short, "percent": _percent, "measured": _measured}
-    environment.policies["json.dumps_kwargs"] = {
-        "allow_nan": False,
-        "separators": (",", ":"),
-    }  # ASCII; < > & ' as \u00..
+    # ASCII; < > & ' as \u00..
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     css = (PAGE / "report.css").read_text("utf-8")
     js = '"use strict";{\n' + "\n".join((PAGE / name).read_text("utf-8") for name in SCRIPTS) + "}\n"
     hashes = {"css_hash": _integrity(css), "js_hash": _integrity(js)}
@@ -169,13 +167,8 @@ def _choose(table: pa.Table, wanted: int, seed: int) -> list[tuple[dict[str, Any
     score = table[measure].to_numpy().astype(np.float64)
     score[table["is_prompt"].to_numpy() | table[measure].is_null().to_numpy()] = 0.0
     score[np.isnan(score)] = math.inf  # the worst there is
-    sums = (
-        table.select(SEQUENCE)
-        .append_column("score", pa.array(score))
-        .group_by(SEQUENCE, use_threads=False)
-        .aggregate([("score", "sum")])
-        .to_pylist()
-    )
+    scored = table.select(SEQUENCE).append_column("score", pa.array(score)).group_by(SEQUENCE, use_threads=False)
+    sums = scored.aggregate([("score", "sum")]).to_pylist()
     sums.sort(key=lambda entry: (-entry["score_sum"], *(entry[name] for name in SEQUENCE)))
     worst, rest = sums[: (wanted + 1) // 2], sums[(wanted + 1) // 2 :]
     drawn = random.Random(seed).sample(rest, min(wanted - len(worst), len(rest)))
