@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from klft.choices import TURNS, check_choice
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -111,14 +113,15 @@ def join_turns(prompt: Sequence[dict[str, Any]], completion: Sequence[dict[str, 
     return [*prompt[:-1], prompt[-1] | completion[0] | {"content": prefill + said}, *completion[1:]]
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", prompt: list[dict[str, Any]], template: Mapping[str, Any]) -> str:
-    """A conversation that an assistant would answer, or whose last turn it would continue, as text."""
+def _render(tokenizer: "PreTrainedTokenizerBase", part: str, messages: list[Any], template: Mapping[str, Any]) -> str:
+    """As text: a "prompt" that an assistant would answer, or whose last turn it would continue; or whole "messages"."""
     from trl import apply_chat_template
 
     try:
-        return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
+        (text,) = apply_chat_template({part: messages}, tokenizer, **template).values()
     except Exception as error:  # jinja's, the tokenizer's, or whatever a template raises
-        raise ValueError(f"the chat template cannot render the prompt {prompt!r:.200}: {error}") from error
+        raise ValueError(f"the chat template cannot render the {part} (got {messages!r:.200}): {error}") from error
+    return text
 
 
 # ---- prompts and completions ----------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def encode_prompt(
         ids = _tokenize_end(tokenizer, prompt, wanted)
         appended = bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
         return ids[:-1] if appended else ids  # a prompt goes on: some tokenizers end every text
-    text = _render(tokenizer, prompt, template or {})
+    text = _render(tokenizer, "prompt", prompt, template or {})
     return _tokenize_end(tokenizer, text, wanted, special=False)  # the template has written them
 
 
@@ -260,13 +263,7 @@ def decode_completions(
 # ---- whole texts ----------------------------------------------------------------------------------------------------
 
 
-TURNS = ("last", "all")
-
-
-def check_turns(turns: str) -> None:
-    """Raise ValueError for what is none of TURNS."""
-    if turns not in TURNS:
-        raise ValueError(f"turns must be one of {', '.join(TURNS)}, got {turns!r}")
+A_TEXT = 'A text is a string, or has "text", "prompt" and "completion", or "messages" that end with the assistant\'s'
 
 
 class Turns(NamedTuple):
@@ -311,23 +308,23 @@ def encode_texts(
     stands before, each as it would count were it the last. Raises ValueError where nothing is left, naming why, and for
     turns="all" where the chat template writes an earlier turn otherwise than the last one.
     """
-    check_turns(turns)
+    check_choice("turns", turns, TURNS)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (the first token is not predicted), got {max_length}")
     chats: dict[int, Turns] = {}
     encoded = Encoded([], [], [], chats)
     cut = 0
     for number, text in enumerate(texts):
-        chat = None
+        chat, name = None, f"text {number + 1}"
         if isinstance(text, tuple):
             ids, prompt = text
         else:
-            ids, prompt, chat = _encode(tokenizer, text, number, template, max_length)
+            ids, prompt, chat = _encode(tokenizer, text, name, template, max_length)
         if min(ids, default=0) < 0:
-            raise ValueError(f"text {number}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
+            raise ValueError(f"{name}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
         if chat is not None:
-            spans = [(prompt, len(ids))] if turns == "last" else _split_turns(tokenizer, chat, ids, number, max_length)
+            spans = [(prompt, len(ids))] if turns == "last" else _split_turns(tokenizer, chat, ids, name, max_length)
             spans = [(start, min(stop, len(kept))) for start, stop in spans if max(start, 1) < min(stop, len(kept))]
             chats[number] = Turns(spans, sum(message["role"] == "assistant" for message in chat.messages))
             prompt = spans[0][0] if spans else len(ids)
@@ -357,40 +354,66 @@ class _Chat(NamedTuple):
     text: str
 
 
-def _encode(tokenizer: Any, text: Any, number: int, template: Any, wanted: int) -> tuple[list[int], int, _Chat | None]:
+def _encode(tokenizer: Any, text: Any, name: str, template: Any, wanted: int) -> tuple[list[int], int, _Chat | None]:
     """(ids, tokens of the prompt, the conversation if it is one); more than the first `wanted` of a long text."""
     if isinstance(text, (str, list)):
         text = {"text" if isinstance(text, str) else "messages": text}
     if not isinstance(text, dict):
-        raise TypeError(f"text {number} is a {type(text).__name__}, {text!r:.40}: texts are strings, dicts or messages")
+        raise TypeError(f"{name} must be a string, a dict or messages, got a {type(text).__name__}, {text!r:.40}")
     if isinstance(text.get("text"), str):
         return (_tokenize_start(tokenizer, text["text"], wanted) if text["text"].strip() else []), 0, None
     try:
+        if why := _why_no_text(text):
+            raise ValueError(f"{why}. {A_TEXT}")
         return _encode_pair(tokenizer, text, template, wanted)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"text {number} is neither a text, nor a prompt and its completion, nor messages that end with the "
-            f"assistant's ({type(error).__name__}: {error}); it has {sorted(text)}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _why_no_text(text: Mapping[str, Any]) -> str | None:
+    """Why this is no prompt with its completion and no conversation; None where it is."""
+    keys = ("prompt", "completion") if text.get("messages") is None else ("messages",)
+    if lack := _lack(text, keys):
+        return f"it {lack}"
+    if [type(text[key]) for key in keys] == [str, str]:
+        return None
+    for key in keys:
+        if not isinstance(text[key], list) or not text[key]:
+            return f"{key!r} must be a list of messages, got a {type(text[key]).__name__}, {text[key]!r:.40}"
+    messages = [message for key in keys for message in text[key]]
+    for place, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            return f"message {place} must be a dict, got a {type(message).__name__}, {message!r:.40}"
+        says = any(value is not None for key, value in message.items() if key != "role")  # a tool's call, say
+        if lack := _lack(message, ("role",) if says else ("role", "content")):
+            return f"message {place} {lack}"
+    if keys == ("messages",) and messages[-1]["role"] != "assistant":
+        return f"the last message is not the assistant's (got {messages[-1]['role']!r:.40})"
+    return "nothing stands before the assistant's message" if len(messages) < 2 else None
+
+
+def _lack(given: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Which of the keys it has not, or as None, which Arrow fills in where other rows have them."""
+    missing = [repr(key) for key in keys if given.get(key) is None]
+    has = sorted(key for key, value in given.items() if value is not None)
+    return f"has no {' and no '.join(missing)}, only {has}" if missing else None
 
 
 def _encode_pair(
     tokenizer: Any, text: dict[str, Any], template: Any, wanted: int
 ) -> tuple[list[int], int, _Chat | None]:
-    from trl import apply_chat_template, is_conversational
+    from trl import is_conversational
 
     arguments = template_arguments(text, template)
     if "messages" in text:
         *before, last = text["messages"]
-        if last["role"] != "assistant":
-            raise ValueError(f"the last message's role is {last['role']!r}")
         text = {"prompt": before, "completion": [last]}
     pair = {"prompt": text["prompt"], "completion": text["completion"]}
     chat = None
     if is_conversational(pair):
         messages = join_turns(pair["prompt"], pair["completion"])
-        prompt_text = _render(tokenizer, pair["prompt"], arguments)
-        whole_text = apply_chat_template({"messages": messages}, tokenizer, **arguments)["text"]
+        prompt_text = _render(tokenizer, "prompt", pair["prompt"], arguments)
+        whole_text = _render(tokenizer, "messages", messages, arguments)
         chat = _Chat(messages, arguments, whole_text)
     else:
         prompt_text, whole_text = pair["prompt"], pair["prompt"] + pair["completion"]
@@ -404,18 +427,16 @@ def _shared_start(a: list[int], b: list[int]) -> int:
     return [*same, False].index(False)
 
 
-def _split_turns(tokenizer: Any, chat: _Chat, ids: list[int], number: int, wanted: int) -> list[tuple[int, int]]:
+def _split_turns(tokenizer: Any, chat: _Chat, ids: list[int], name: str, wanted: int) -> list[tuple[int, int]]:
     """(start, stop) in `ids` of the assistant's turns that something stands before."""
-    from trl import apply_chat_template
-
     spans = []
     for place, message in enumerate(chat.messages):
         if message["role"] == "assistant" and place:
-            before = _render(tokenizer, chat.messages[:place], chat.arguments)
-            until = apply_chat_template({"messages": chat.messages[: place + 1]}, tokenizer, **chat.arguments)["text"]
+            before = _render(tokenizer, "prompt", chat.messages[:place], chat.arguments)
+            until = _render(tokenizer, "messages", chat.messages[: place + 1], chat.arguments)
             if not chat.text.startswith(until):
                 raise ValueError(
-                    f"text {number}: turns='all' cannot tell where the turn of message {place} ends, since the chat "
+                    f"{name}: turns='all' cannot tell where the turn of message {place + 1} ends, since the chat "
                     "template writes it otherwise when it is the last one (without its reasoning, say): score the "
                     "last turns only, turns='last'"
                 )

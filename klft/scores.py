@@ -14,6 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klft.choices import check_temperature as check_temperature  # it was here once
 from klft.divergences import entropy, forward_kl, reverse_kl
 from klft.estimators import k1, k2, k3
 from klft.masked import Mask, as_mask, token_logps
@@ -69,21 +70,6 @@ def score_logits(
         forward_kl=forward_kl(logits, ref_logits),
         top1_agree=logits.argmax(-1) == ref_logits.argmax(-1),
     )
-
-
-LEAST_TEMPERATURE = 1e-3
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless it is finite and at least LEAST_TEMPERATURE: logits are divided by it.
-
-    Below, what was sampled is in fp32 the likeliest token alone, whose KL to anything is infinite or 0.
-    """
-    if not LEAST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(
-            f"temperature must be finite and >= {LEAST_TEMPERATURE}, got {temperature}: logits are divided by it, "
-            "and with less only the likeliest token is left. Give the one that the tokens were sampled at, or 1"
-        )
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------

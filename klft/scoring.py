@@ -199,11 +199,7 @@ class Scorer:
         self._cut.check(wider.vocab_size, shared, -torch.expm1(of_all - of_shared))
 
     def score_batch(
-        self,
-        model: nn.Module,
-        ids: Int[Tensor, "B T"],
-        attention: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
+        self, model: nn.Module, ids: Int[Tensor, "B T"], attention: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> TokenScores:
         """Scores [B, T] of the tokens where `mask` holds, 0 elsewhere, in eval mode. mask[:, 0] must be False."""
         predicts = mask.roll(-1, 1)  # a token's prediction lies one position before it
@@ -277,7 +273,7 @@ def _check_numbers(
         if nonfinite.any():
             row, position = nonfinite.nonzero()[0].tolist()
             raise ValueError(
-                f"the {role} {name}: its logits are not finite{on_rank()} for text {sample_ids[row]}, position "
+                f"the {role} {name}: its logits are not finite{on_rank()} for text {sample_ids[row] + 1}, position "
                 f"{position} ({int(nonfinite.sum())} of {int(mask.sum())} tokens of the batch). Its weights "
                 "hold NaN or inf, or it overflows in this precision: try float32"
             )

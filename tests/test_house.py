@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     "_version": 0, "_deprecated": 0, "writing": 0, "masked": 0, "divergences": 0, "controllers": 0, "token_rules": 0,
+    "choices": 0,
     "estimators": 1, "shaping": 1, "sharding": 1, "scores": 1, "exits": 1,
     "models": 2, "parallel": 2, "heads": 2,
     "fused": 3,
@@ -25,7 +26,8 @@ FLOORS = {
 TOP = 7
 # Within a floor a module may import those that stand before it here; no others.
 WITHIN = [
-    ("estimators", "scores"), ("models", "parallel", "heads"), ("hub", "loading"), ("references", "scoring"),
+    ("writing", "choices"), ("estimators", "scores"), ("models", "parallel", "heads"), ("hub", "loading"),
+    ("references", "scoring"),
     ("prompts", "scoring", "generation"), ("diagnostics", "plots"),
     ("arguments", "doctor", "cli", "__main__"),
 ]  # fmt: skip

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from klft.choices import LEAST_TEMPERATURE
 from klft.controllers import Shape
 from klft.estimators import DIRECTIONS
 from klft.parallel import PLACEMENTS as MODEL_PLACEMENTS
 from klft.penalty import ESTIMATES, PLACEMENTS, check_combination
 from klft.prompts import why_no_template_kwargs
-from klft.scores import LEAST_TEMPERATURE
 from klft.scoring import SHARDINGS
 from klft.writing import did_you_mean
 

@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_the_last_turn_sco
     tokenizer = tiny.tokenizer(chat=True)
     last = "{% if loop.last and m['role'] == 'assistant' %} w26 {% endif %}"  # as reasoning, which is then dropped
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", last + "{{ m['content'] }}")
-    with pytest.raises(ValueError, match=r"^text 0: turns='all' cannot tell where the turn of message 1 ends"):
+    with pytest.raises(ValueError, match=r"^text 1: turns='all' cannot tell where the turn of message 2 ends"):
         encode_texts(tokenizer, [LONG], max_length=64, turns="all")
     assert encode_texts(tokenizer, [LONG], max_length=64).turns == {0: Turns([(16, 19)], 3)}
     assert encode_texts(tokenizer, [SHORT], max_length=64, turns="all").turns == {0: Turns([(4, 7)], 1)}

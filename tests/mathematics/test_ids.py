@@ -73,5 +73,5 @@ def test_labels_off_the_mask_do_no_harm_without_logits():
 
 
 def test_token_ids_of_a_text_are_no_labels():
-    with pytest.raises(ValueError, match=r"text 1: .*-100.*drop or mask"):
+    with pytest.raises(ValueError, match=r"text 2: .*-100.*drop or mask"):
         encode_texts(tiny.tokenizer(), [([3, 4, 5], 1), ([3, -100, 5], 1)], max_length=8)
