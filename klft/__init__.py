@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from klft.controllers import AdaptiveKL, FixedKL, PIController, ScheduledKL, TargetKL
     from klft.diagnostics import TokenKLCallback, TokenKLLog, write_report
     from klft.diagnostics.comparison import Comparison, compare
+    from klft.diagnostics.loading import read_texts
     from klft.divergences import (
         alpha_divergence,
         entropy,
@@ -75,6 +76,7 @@ _NAMES = {
     "klft.controllers": ("AdaptiveKL", "FixedKL", "PIController", "ScheduledKL", "TargetKL"),
     "klft.diagnostics": ("TokenKLCallback", "TokenKLLog", "write_report"),
     "klft.diagnostics.comparison": ("Comparison", "compare"),
+    "klft.diagnostics.loading": ("read_texts",),
     "klft.divergences": (
         "alpha_divergence", "entropy", "forward_kl", "jsd", "renyi_divergence", "reverse_kl", "skew_kl",
         "skew_reverse_kl",
@@ -105,7 +107,7 @@ __all__ = [
     "TopKReference", "VocabShard", "alpha_divergence", "causal_inputs", "check_setup", "compare", "entropy",
     "estimate_kl", "forward_k1", "forward_k3", "forward_kl", "fused_token_loss", "hidden_states", "jsd", "k1", "k2",
     "k3", "kl_metrics", "linear_divergence", "masked_mean", "masked_sum", "masked_var", "masked_whiten",
-    "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits", "shape_rewards", "skew_kl",
+    "read_texts", "renyi_divergence", "resolve_reference", "reverse_kl", "score_logits", "shape_rewards", "skew_kl",
     "skew_reverse_kl", "token_logps", "token_scores", "top_k_kl", "write_report",
 ]  # fmt: skip
 

@@ -17,6 +17,7 @@ import typer
 from klft._deprecated import moved
 from klft._version import __version__
 from klft.arguments import check_writable, one_line_errors
+from klft.choices import DTYPES, TURNS, check_choice, check_suffix, check_temperature, check_there
 from klft.hub import check_model_name
 from klft.writing import escaping_output, print_error, visible
 
@@ -107,16 +108,14 @@ def diff(
     The texts are given, not sampled from MODEL, so there is no sampled estimate (k1, k2, k3) of a KL. Reverse KL is
     KL(MODEL || REF), which --fail-above takes the mean of, in nats per token; forward KL is KL(REF || MODEL).
     """
-    from klft.diagnostics import write_report
-    from klft.diagnostics.comparison import compare, quoting_nothing
-    from klft.diagnostics.loading import quiet, read_texts
-
     with one_line_errors():
-        if (reference is None) != adapter:
-            raise ValueError("name two models, MODEL and REF; or one PEFT adapter with --adapter, without REF")
-        if (texts is None) == (dataset is None):
-            raise ValueError("name the texts to compare on: one of --texts FILE and --dataset NAME")
+        _check_names(reference, adapter, texts, dataset)  # all that needs no library, before any is imported
         _check_outputs(output, save, as_json and as_markdown, fail_above)
+        _check_inputs(texts, temperature, turns, dtype)
+        from klft.diagnostics import write_report
+        from klft.diagnostics.comparison import compare, quoting_nothing
+        from klft.diagnostics.loading import quiet, read_texts
+
         quiet()
         with quoting_nothing(hide_text):
             given = read_texts(texts or dataset or "", split=split, column=column, max_texts=max_texts)
@@ -125,7 +124,6 @@ def diff(
             top_k=top_k, dtype=dtype, device=device, trust_remote_code=trust_remote_code, revision=revision,
             ref_revision=ref_revision, hide_text=hide_text, track=_with_progress,
         )  # fmt: skip
-    comparison.metadata.places = _places(texts or dataset or "", len(given))
     write_report((comparison.table, comparison.metadata), output, sequences=sequences)  # before anything is printed
     if save:
         comparison.save(save)
@@ -134,15 +132,22 @@ def diff(
     _check_limit(comparison.mean_reverse_kl, fail_above)
 
 
-def _places(source: str, count: int) -> list[str]:
-    """Where each text is from: "reviews.txt line 31"."""
-    unit = "line" if source.endswith(".txt") else "row"
-    return [f"{Path(source).name} {unit} {i}" for i in range(1, count + 1)]
+def _check_names(reference: str | None, adapter: bool, texts: str | None, dataset: str | None) -> None:
+    if (reference is None) != adapter:
+        raise ValueError("name two models, MODEL and REF; or one PEFT adapter with --adapter, without REF")
+    if (texts is None) == (dataset is None):
+        raise ValueError("name the texts to compare on: one of --texts FILE and --dataset NAME")
+
+
+def _check_inputs(texts: str | None, temperature: float, turns: str, dtype: str) -> None:
+    check_temperature(temperature)
+    check_choice("turns", turns, TURNS)
+    check_choice("dtype", dtype, DTYPES)
+    if texts is not None:
+        check_there(texts)
 
 
 def _check_outputs(page: Path, save: Path | None, both: bool, fail_above: float | None) -> None:
-    from klft.diagnostics.comparison import check_suffix
-
     if both:
         raise ValueError("--json and --markdown both want stdout to themselves: have the other by --save FILE")
     if fail_above is not None and not 0 <= fail_above < math.inf:

@@ -26,28 +26,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
+from klft.choices import TURNS, check_choice, check_suffix, check_temperature, is_text_file, similar_file
 from klft.diagnostics.distributions import TINY, Distribution, Tally, moments
-from klft.diagnostics.loading import load_models
+from klft.diagnostics.loading import load_models, read_texts
 from klft.diagnostics.measure import scored_table
 from klft.diagnostics.records import Metadata, write_records
 from klft.diagnostics.report import write_report
 from klft.diagnostics.stats import Statistics, summary_lines
 from klft.models import model_name
-from klft.prompts import Text, check_turns, encode_texts
+from klft.prompts import Text, encode_texts
 from klft.references import Reference
-from klft.scores import check_temperature
 from klft.scoring import ScoredTexts, score_texts
 from klft.writing import atomic_write, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUFFIXES = (".html", ".parquet", ".json", ".md")
 LARGEST = 0.05  # share of the tokens of which the headline says how much of the KL they carry
 ROW = ("sample_id", "position", "token_id", "token", "reverse_kl", "forward_kl", "logp", "ref_logp")
 IN_NOTEBOOKS: Any = {"sequences": 8, "tokens": 256}
 DASH = "\N{EN DASH}"
-QUOTES = re.compile(r" \(|, got a \w+, ")  # where an error begins to quote a text
+QUOTES = re.compile(r" \(got |, got ")  # where an error begins to quote a text
 
 
 class Estimate(NamedTuple):
@@ -216,14 +215,6 @@ class Comparison:
         return f'<pre>{html.escape(str(self))}</pre><iframe {frame} srcdoc="{html.escape(page)}"></iframe>'
 
 
-def check_suffix(path: str | os.PathLike) -> Path:
-    """The path. Raises ValueError for a suffix that `Comparison.save` does not know."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}, which says what to write")
-    return path
-
-
 def _with_error(estimate: Estimate | None, scale: float = 1.0) -> str:
     if estimate is None:
         return DASH
@@ -238,7 +229,7 @@ def _markdown(text: str) -> str:
 def compare(
     model: nn.Module | str | os.PathLike,
     reference: Reference | nn.Module | str | os.PathLike | None,
-    texts: Sequence[Text],
+    texts: Sequence[Text] | str | os.PathLike,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     turns: str = "last",
@@ -261,22 +252,21 @@ def compare(
     Args:
         model, reference: a model, a folder or a hub id, see `load_models`; reference also a klft reference, or None:
             `model` without its adapter. dtype, device, trust_remote_code, revision, ref_revision: of what is loaded.
-        texts, turns: strings, conversations, ..., and which of the assistant's turns count, see `encode_texts`.
+        texts, turns: strings, conversations, ..., or the file that holds them, see `read_texts`; and which of the
+            assistant's turns count, see `encode_texts`.
         tokenizer: by default the one saved beside the models.
         max_length, batch_size, top_k: texts are cut to so many tokens, scored so many at a time, and so many of both
             models' likeliest tokens are kept; temperature divides both models' logits.
         hide_text: puts its id in the place of every token's text, in all that is made of the comparison.
         track: iterates over the batches of so many texts, to show progress.
 
-    Raises what `load_models`, `encode_texts` and `score_texts` raise; TypeError for texts that are one string.
+    Raises what `read_texts`, `load_models`, `encode_texts` and `score_texts` raise; TypeError for texts that are one
+    string, and no file's name.
     """
-    if isinstance(texts, (str, dict)):
-        raise TypeError(
-            f"texts must be a list of texts or conversations, got a {type(texts).__name__}, {texts!r:.40}: put it in a "
-            "list; klft.diagnostics.loading.read_texts(path) reads a file"
-        )
     check_temperature(temperature)
-    check_turns(turns)
+    check_choice("turns", turns, TURNS)
+    with quoting_nothing(hide_text):
+        texts = _texts(texts)
     policy, frozen, tokenizer = load_models(
         model, reference, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
         revision=revision, ref_revision=ref_revision,
@@ -288,12 +278,24 @@ def compare(
     table = scored_table(batches if track is None else track(batches, len(encoded.ids)), tokenizer)
     name = _label(model, revision)
     ref_name = f"{name} without its adapter" if reference is None else _label(reference, ref_revision)
-    metadata = Metadata.of(table, tokenizer, temperature=temperature, model=name, reference=ref_name)
+    head = {"model": name, "reference": ref_name, "places": getattr(texts, "places", [])}
+    metadata = Metadata.of(table, tokenizer, temperature=temperature, **head)
     if hide_text:
         table = _without_text(table, metadata)
     chats = encoded.turns.values()
     counts = sum(len(chat.counted) for chat in chats), sum(chat.total for chat in chats)
     return Comparison(table, metadata, (turns, *counts) if chats else None)
+
+
+def _texts(given: Any) -> Sequence[Text]:
+    """A list as it is; the texts of a file by its name."""
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and is_text_file(given)):
+        return read_texts(given)
+    if isinstance(given, (str, dict)):
+        kind, near = type(given).__name__, "" if isinstance(given, dict) else similar_file(given)
+        file = "to read a file, name it: there is no such file; else texts" if isinstance(given, str) else "texts"
+        raise TypeError(f"{file} must be a list of texts or conversations, got a {kind}, {given!r:.40}{near}")
+    return given
 
 
 def _without_text(table: pa.Table, metadata: Metadata) -> pa.Table:
@@ -312,10 +314,10 @@ def _label(given: Any, revision: str | None) -> str:
 
 @contextmanager
 def quoting_nothing(hidden: bool) -> Iterator[None]:
-    """Inside, if `hidden`, a ValueError of `read_texts` or `encode_texts` loses what it quotes of a text."""
+    """Inside, if `hidden`, an error of `read_texts` or `encode_texts` loses what it quotes of a text."""
     try:
         yield
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if not hidden:
             raise
-        raise ValueError(QUOTES.split(str(error))[0]) from None
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(QUOTES.split(str(error))[0]) from None

@@ -5,6 +5,7 @@ where the caller says so, and never the reference's; weights are read from safet
 """
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from klft.choices import BUILDERS, DTYPES, check_choice, check_there, is_text_file
 from klft.hub import check_model_name, reachable, unreachable
 from klft.loading import find_tokenizer, load_model, load_tokenizer
 from klft.models import base_of, check_tokenizers
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMES = (str, os.PathLike)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 LARGEST_CELL = 1 << 26  # characters of a CSV cell; the standard library stops at 2^17
 COLUMNS = (("text",), ("prompt", "completion"), ("messages",))
 
@@ -73,8 +73,7 @@ def load_models(
     for tokenizers that differ, for a revision of what is not on the hub, and for a dtype or device that is not there;
     TypeError for what is no causal language model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     device = _device(device)
     reachable.cache_clear()
     tokenizers = [] if tokenizer is None else [tokenizer]
@@ -124,37 +123,45 @@ def _device(name: str | None) -> str:
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
+class FileTexts(list[Text]):
+    """Texts, and `places`: where each is from, such as "reviews.txt line 31"."""
+
+    places: list[str]
+
+
 def read_texts(
-    name: str, *, split: str = "train", column: str | None = None, max_texts: int | None = None
-) -> list[Text]:
+    name: str | os.PathLike, *, split: str = "train", column: str | None = None, max_texts: int | None = None
+) -> FileTexts:
     """The first `max_texts` texts of a file or a dataset, in its order, each as `encode_texts` takes it.
 
     A .txt file has one text per line, in UTF-8. A .jsonl, .ndjson, .json, .parquet or .csv file (its cells stay text),
     or the `split` of a dataset by name or folder, has a column `column` (texts or messages), or else "text", "prompt"
     and "completion", or "messages".
+    The list has `places` too, for the page: where each text is from.
     Raises ValueError that names the file and what is wrong: missing, empty, binary, without such a column.
     """
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"max_texts must be at least 1, got {max_texts}")
     path = Path(name)
-    if _has_lines(path):
+    lines = _has_lines(path, name)
+    if lines:
         texts: list[Any] = _lines(path)[:max_texts]
     else:
-        rows, choices = _rows(path, name, split), [(column,)] if column else COLUMNS
+        rows, choices = _rows(path, str(name), split), [(column,)] if column else COLUMNS
         columns = next((each for each in choices if set(each) <= set(rows.column_names)), None)
         if columns is None:
             wanted = ", or ".join(" and ".join(map(repr, each)) for each in choices)
             raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. Name one with `column`")
         more = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
         rows = rows.select_columns([*columns, *more]).select(range(min(max_texts or len(rows), len(rows))))
-        texts = (
-            list(rows)
-            if len(columns) > 1
-            else [_cell(row, columns[0], f"{name}: row {i}") for i, row in enumerate(rows)]
-        )
+        texts = list(rows)
+        if len(columns) == 1:
+            texts = [_cell(row, columns[0], f"{name}: row {i}") for i, row in enumerate(texts, 1)]
     if not texts:
         raise ValueError(f"{name} is empty: there is no text in it")
-    return texts
+    found = FileTexts(texts)
+    found.places = [f"{path.name} {'line' if lines else 'row'} {i}" for i in range(1, len(texts) + 1)]
+    return found
 
 
 def read_prompts(name: str, *, split: str = "train", config: str | None = None, column: str = "prompt") -> "Dataset":
@@ -166,7 +173,8 @@ def read_prompts(name: str, *, split: str = "train", config: str | None = None, 
     from datasets import Dataset
 
     path = Path(name)
-    rows = Dataset.from_dict({"prompt": _lines(path)}) if _has_lines(path) else _rows(path, name, split, config)
+    lines = _has_lines(path, name)
+    rows = Dataset.from_dict({"prompt": _lines(path)}) if lines else _rows(path, name, split, config)
     if column not in rows.column_names:
         guess = did_you_mean(column, rows.column_names)
         raise ValueError(f"{name} has no column {column!r}; it has {rows.column_names}{guess}")
@@ -176,7 +184,10 @@ def read_prompts(name: str, *, split: str = "train", config: str | None = None, 
     return rows.remove_columns(replaced).rename_columns({column: "prompt"})
 
 
-def _has_lines(path: Path) -> bool:
+def _has_lines(path: Path, name: str | os.PathLike) -> bool:
+    """Whether this is a file of lines. Raises ValueError for a file that is not there; a name may be a dataset's."""
+    if is_text_file(path) or not isinstance(name, str):
+        check_there(name)
     return path.suffix.lower() == ".txt" or (path.is_file() and path.suffix.lower() not in BUILDERS)
 
 
@@ -224,13 +235,23 @@ def _csv(path: Path) -> Any:
     return Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in reader.fieldnames or ()})
 
 
+def _wrong_line(path: Path) -> str:
+    """Which line is the first that is no JSON object, and why; "" for none. Arrow counts within a block of rows."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f": line {number} is no JSON object"
+            except ValueError as error:
+                return f": line {number} is no JSON: {getattr(error, 'msg', error)}"
+    return ""
+
+
 def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
     """A datasets.Dataset. Of a local file nothing stays in a cache."""
     from datasets import Dataset, load_dataset
 
     suffix = path.suffix.lower()
-    if suffix in BUILDERS and not path.is_file():
-        raise ValueError(f"{name}: there is no such file")
     try:
         if not path.is_file():
             with _cache_alone(name):
@@ -253,4 +274,6 @@ def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
             reason = reason.__cause__
         if isinstance(reason, StopIteration):
             raise ValueError(f"{name} is empty: there is no row in it") from error
-        raise ValueError(f"{name}: {' '.join(str(reason).split()) or repr(reason)}") from error
+        said = _wrong_line(path) if suffix in (".jsonl", ".ndjson") and path.is_file() else ""
+        said = said or ": " + (" ".join(str(reason).split(" in row ")[0].split()) or repr(reason))
+        raise ValueError(f"{name}{said}") from error

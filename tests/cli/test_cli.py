@@ -292,7 +292,7 @@ GOOD = ["policy", "reference", "--texts", "texts.txt"]
         (["diff", "policy", "reference", "--texts", "empty.txt"], "empty.txt is empty"),
         (["diff", "policy", "reference", "--texts", "blank.txt"], "none of 2 text.* has a token to score"),
         (["diff", "policy", "reference", "--texts", "binary.txt"], "binary.txt is not UTF-8 text"),
-        (["diff", "policy", "reference", "--texts", "no.txt"], "no.txt: No such file"),
+        (["diff", "policy", "reference", "--texts", "no.txt"], "no.txt: there is no such file"),
         (["diff", *GOOD, "--column", "text", "-o", "texts.txt/page.html"], "texts.txt/page.html cannot be written"),
         (["diff", "nowhere", "none", "--texts", "no", "-o", "."], r"\. is a folder"),  # before all else
         (["diff", *GOOD, "--temperature", "0"], "temperature must be finite and >= 0.001, got 0.0"),
@@ -409,7 +409,7 @@ def test_nan_weights_end_the_command_with_one_line_that_names_model_text_and_pos
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, page.exists()) == (1, "", False)
-    said = f"error: RuntimeError: the policy {tmp_path}/nan: its logits are not finite for text 0, position 1 ("
+    said = f"error: RuntimeError: the policy {tmp_path}/nan: its logits are not finite for text 1, position 1 ("
     assert done.stderr.splitlines()[-1].startswith(said)
     assert "Traceback" not in done.stderr
 

@@ -134,9 +134,9 @@ def test_hidden_texts_reach_no_output(klft_, tmp_path):
 @pytest.mark.parametrize(
     ("row", "kept"),
     [
-        ({"messages": [{"role": "user", "content": "secret"}]}, "text 0 is neither a text, nor a prompt"),
-        ({"messages": [{"role": "assistant", "content": "secret"}]}, "text 0 is neither a text, nor a prompt"),
-        ({"text": {"secret": "secret"}}, "rows.jsonl: row 0: 'text' must be text or messages"),
+        ({"messages": [{"role": "secret", "content": "secret"}]}, "text 1: the last message is not the assistant's\n"),
+        ({"prompt": "secret", "tools": "7", "completion": "secret"}, "text 1: tools must be a list of functions' "),
+        ({"text": {"secret": "secret"}}, "rows.jsonl: row 1: 'text' must be text or messages\n"),
     ],
 )
 def test_an_error_about_a_hidden_text_does_not_quote_it(klft_, tmp_path, row, kept):
@@ -199,6 +199,19 @@ def test_two_revisions_of_one_model_on_the_hub(saved, tmp_path):
         saved / "policy", saved / "reference", ["w1 w2 w3 w4 w5", "w6 w7", "w8 w9 w10 w11 w12 w13 w14"]
     )
     assert found["reverse_kl"]["value"] == pytest.approx(expected.estimates["reverse_kl"].value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--texts", "text.txt"], [*GOOD[2:], "--dtype", "int8"], [*GOOD[2:], "--temperature", "0"],
+     [*GOOD[2:], "--turns", "first"], [*GOOD[2:], "--save", "x.csv"], [*GOOD[2:], "--fail-above", "nan"]],
+)  # fmt: skip
+def test_what_needs_no_library_is_told_before_one_is_imported(saved, wrong):
+    code = "import sys\nfrom klft.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "diff", "policy", "reference", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=saved)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert ("Did you mean 'texts.txt'?" in done.stderr) == ("text.txt" in wrong)
 
 
 def test_lines_of_text_are_compared_without_the_libraries_that_take_long(saved, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from support import oracles, tiny
+from support.example_report import data_of
 
 import klft
 from klft.diagnostics import read_records
@@ -173,9 +175,20 @@ def test_an_adapter_against_its_own_base(saved):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"texts": "w1 w2"}, TypeError, "texts must be a list of texts or conversations, got a str, 'w1 w2'"),
+        (
+            {"texts": "w1 w2"},
+            TypeError,
+            r"^to read a file, .*no such file; else texts must be a list .* 'w1 w2'$",
+        ),
+        (
+            {"texts": {"text": "w1"}},
+            TypeError,
+            "^texts must be a list of texts or .*, got a dict, {'text': 'w1'}$",
+        ),
+        ({"texts": "nothere.txt"}, ValueError, "^nothere.txt: there is no such file$"),
+        ({"texts": Path("nothere")}, ValueError, "^nothere: there is no such file$"),
         ({"texts": []}, ValueError, r"none of 0 text\(s\) has a token to score"),
-        ({"texts": ["w1", 3]}, TypeError, "text 1 is a int|Type-check error"),
+        ({"texts": ["w1", 3]}, TypeError, "text 2 must be .* got a int, 3|Type-check error"),
         ({"tokenizer": None}, ValueError, "the model was made here, and has no name to load a tokenizer by: pass one"),
         ({"revision": "v1"}, ValueError, "revision 'v1': the model is not loaded from the hub"),
         ({"ref_revision": "v1"}, ValueError, "revision 'v1': the reference is not loaded from the hub"),
@@ -212,6 +225,34 @@ def test_hidden_texts_are_in_nothing_that_is_made(models, tmp_path):
         assert not re.search(words, text), re.search(words, text)
     assert set(table["token"].to_pylist()) == {f"<id {i}>" for i in set(table["token_id"].to_pylist())}
     assert found.estimates == shown.estimates
+
+
+def test_what_a_chat_template_says_of_a_hidden_text_is_not_said(models):
+    tokenizer = tiny.tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('no ' + messages[0]['content']) }}"
+    texts = [[{"role": "user", "content": "secret"}, {"role": "assistant", "content": "w1"}]]
+    said = "text 1: the chat template cannot render the prompt"
+    with pytest.raises(ValueError, match=rf"^{said} \(got \[.*\]\): no secret$"):
+        klft.compare(*models, texts, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        klft.compare(*models, texts, tokenizer=tokenizer, hide_text=True)
+
+
+def test_a_file_of_texts_by_its_name_and_the_page_says_where_a_text_is_from(models, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "lines").write_text("w1 w2\n\nw3 w4\n")
+    given = {"tokenizer": tiny.tokenizer(), "turns": "last"}
+    for name in (tmp_path / "texts.jsonl", str(tmp_path / "texts.jsonl"), klft.read_texts(tmp_path / "texts.jsonl")):
+        found = klft.compare(*models, name, **given)
+        assert found.metadata.places == [f"texts.jsonl row {i}" for i in (1, 2, 3, 4)]
+        assert "text 3, texts.jsonl row 3" in str(data_of(found.save(tmp_path / "page.html")))
+    assert klft.compare(*models, str(tmp_path / "lines"), **given).metadata.places[2] == "lines line 3"
+    assert klft.compare(*models, TEXTS, **given).metadata.places == []
+    for misspelt, error in (("text.jsonl", ValueError), ("texts.jsnl", TypeError)):
+        with pytest.raises(error, match=rf"there is no such file.*\. Did you mean '{tmp_path}/texts\.jsonl'\?$"):
+            klft.compare(*models, str(tmp_path / misspelt), **given)
+    with pytest.raises(TypeError, match=r"there is no such file; else texts must be a list of texts or conversations$"):
+        klft.compare(*models, "secret", hide_text=True, **given)
 
 
 def test_in_a_notebook_the_page_is_shut_in_a_frame(models):

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 
-import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from klft.diagnostics import Metadata, Statistics, records_table, scalars, score_texts, summary_lines
-from klft.diagnostics.loading import load_models, read_texts
+from klft.diagnostics.loading import load_models
 from klft.diagnostics.measure import scored_table
 from klft.models import check_tokenizers
 from klft.plots import estimator_spread
@@ -147,7 +146,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_model_text_and_posi
     models[broken].config._name_or_path = "my/model"
     batches = score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES | {"batch_size": 2})
     next(batches)  # w10 is in the third text: attention spreads its NaN over all of that
-    said = rf"the {broken} my/model: its logits are not finite for text 2, position 1 \(6 of 8 tokens of the batch\)"
+    said = rf"the {broken} my/model: its logits are not finite for text 3, position 1 \(6 of 8 tokens of the batch\)"
     with pytest.raises(ValueError, match=said):
         next(batches)
 
@@ -196,7 +195,7 @@ def test_nan_weights_are_no_model_that_sees_what_follows(broken, monkeypatch):
     monkeypatch.setattr("klft.models._causal", set())
     models = {"policy": tiny.llama(), "reference": tiny.llama(5)}
     models[broken].model.layers[0].mlp.down_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=rf"the {broken} .*its logits are not finite for text 0, position 1"):
+    with pytest.raises(ValueError, match=rf"the {broken} .*its logits are not finite for text 1, position 1"):
         next(score_texts(*models.values(), tiny.tokenizer(), TEXTS, **SIZES))
 
 
@@ -268,19 +267,35 @@ def test_an_empty_text_among_others_leaves_the_others_numbers_alone():
     every_row(found, policy, reference, TEXTS[:2])
 
 
+SAID = {"role": "assistant", "content": "w1"}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ({"prompt": "w1"}, r"text 1 is neither .*KeyError: 'completion'.*it has \['prompt'\]"),
-        ({"prompt": "w1", "completion": None}, "text 1 is neither"),
-        ({"messages": [{"role": "user", "content": "w1"}]}, "the last message's role is 'user'"),
-        ({"messages": []}, "text 1 is neither"),
-        ({"messages": "w1 w2"}, "text 1 is neither"),
-        ({"words": "w1"}, r"it has \['words'\]"),
+        ({"prompt": "w1"}, r"text 2: it has no 'completion', only \['prompt'\]\. A text is a string, "),
+        ({"prompt": "w1", "completion": None}, r"text 2: it has no 'completion', only \['prompt'\]\. "),  # as of Arrow
+        ({"words": "w1"}, r"text 2: it has no 'prompt' and no 'completion', only \['words'\]\. A text is a string, "),
+        ({"messages": []}, r"text 2: 'messages' must be a list of messages, got a list, \[\]"),
+        ({"prompt": [], "completion": [SAID]}, "text 2: 'prompt' must be a list of messages, got a list,"),
+        ({"messages": "w1 w2"}, "text 2: 'messages' must be a list of messages, got a str, 'w1 w2'"),
+        ({"prompt": [SAID], "completion": "w2"}, "text 2: 'completion' must be a list of messages, got a str,"),
+        ({"prompt": 3, "completion": 4}, "text 2: 'prompt' must be a list of messages, got a int, 3"),
+        ({"messages": ["w1"]}, "text 2: message 1 must be a dict, got a str, 'w1'"),
+        (
+            {"messages": [SAID, {"from": "gpt", "value": "w1"}]},
+            r"message 2 has no 'role', only \['from', 'value'\]",
+        ),
+        ({"messages": [{"role": "user", "content": None}, SAID]}, r"message 1 has no 'content', only \['role'\]"),
+        ({"messages": [{}, SAID]}, r"message 1 has no 'role' and no 'content', only \[\]"),
+        ({"messages": [{"role": "user", "content": "w1"}]}, r"last message is not the assistant's \(got 'user'\)\. A"),
+        ({"messages": [SAID]}, "text 2: nothing stands before the assistant's message"),
+        ({"messages": [SAID, SAID], "tools": "5"}, "text 2: tools must be a list of functions' schemas, .*got 5"),
+        (b"w1", "text 2 must be a string, a dict or messages, got a bytes, b'w1'|Type-check error"),
     ],
 )
 def test_what_is_no_text_is_named(text, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         encode_texts(tiny.tokenizer(chat=True), ["w1 w2", text], max_length=32)
 
 
@@ -436,62 +451,3 @@ def test_options_that_this_machine_does_not_have(saved, option, said):
 def test_a_hub_name_offline_is_one_sentence(saved):
     with pytest.raises(ValueError, match=r"model some/model: there is no such folder, and [^\n]*$"):
         load_models("some/model", str(saved / "policy"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "one\n\ntwo\u2028still two\r\nthree", ["one", "", "two\u2028still two", "three"]),
-        ("a.txt", "\ufeffbyte order mark\n", ["byte order mark"]),
-        ("README", "no suffix\n", ["no suffix"]),
-        ("a.jsonl", '{"text": "one"}\n{"text": null}\n', ["one", ""]),
-        ("a.json", '[{"text": "one", "n": 1}, {"text": "two", "n": 2}]', ["one", "two"]),
-        ("a.csv", "n,text\n1,one\n2,=cmd()\n", ["one", "=cmd()"]),
-        ("a.jsonl", '{"prompt": "p", "completion": "c"}\n', [{"prompt": "p", "completion": "c"}]),
-        (
-            "a.jsonl",
-            '{"messages": [{"role": "user", "content": "\\u0000"}]}\n',
-            [{"messages": [{"role": "user", "content": "\0"}]}],
-        ),
-    ],
-)
-def test_texts_are_read(tmp_path, name, content, expected):
-    (tmp_path / name).write_bytes(content.encode())
-    assert read_texts(str(tmp_path / name)) == expected
-    assert read_texts(str(tmp_path / name), max_texts=1) == expected[:1]
-
-
-def test_a_column_can_be_named_and_a_parquet_file_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tiny.Dataset.from_dict({"text": ["a", "b"], "other": ["c", "d"]}).to_parquet(tmp_path / "a.parquet")
-    assert read_texts(str(tmp_path / "a.parquet")) == ["a", "b"]
-    assert read_texts(str(tmp_path / "a.parquet"), column="other") == ["c", "d"]
-    assert read_texts(str(tmp_path)) == ["a", "b"]  # a folder is a dataset
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b"good\n\xff\xfe", "is not UTF-8 text: invalid start byte at byte 5"),
-        ("a.txt", b"\0\0\0\0", "is binary"),
-        ("a.txt", None, "No such file"),
-        ("a.jsonl", None, "there is no such file"),
-        ("a.jsonl", b"", "a.jsonl"),
-        ("a.jsonl", b'{"text": "cut of', "a.jsonl"),
-        ("a.parquet", b"PAR1 cut off", "a.parquet"),
-        ("a.jsonl", b'{"words": "one"}\n', r"no column 'text', or 'prompt' and 'completion'.*it has \['words'\]"),
-    ],
-)
-def test_files_that_are_no_texts_are_named(tmp_path, name, content, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
-        read_texts(str(tmp_path / name))
-
-
-def test_a_dataset_by_name_offline_and_nonsense_counts(tmp_path):
-    with pytest.raises(ValueError, match=r"^some/dataset: [^\n]+$"):
-        read_texts("some/dataset")
-    with pytest.raises(ValueError, match="max_texts must be at least 1"):
-        read_texts(str(tmp_path), max_texts=0)

@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 from datasets import Dataset
+from support import tiny
 
 from klft.diagnostics.loading import read_prompts, read_texts
 
@@ -40,6 +42,67 @@ def test_a_csv_without_rows(tmp_path):
         read_texts(str(tmp_path / "a.csv"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\n\ntwo\u2028still two\r\nthree", ["one", "", "two\u2028still two", "three"]),
+        ("a.txt", "\ufeffbyte order mark\n", ["byte order mark"]),
+        ("README", "no suffix\n", ["no suffix"]),
+        ("a.jsonl", '{"text": "one"}\n{"text": null}\n', ["one", ""]),
+        ("a.json", '[{"text": "one", "n": 1}, {"text": "two", "n": 2}]', ["one", "two"]),
+        ("a.csv", "n,text\n1,one\n2,=cmd()\n", ["one", "=cmd()"]),
+        ("a.jsonl", '{"prompt": "p", "completion": "c"}\n', [{"prompt": "p", "completion": "c"}]),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "\\u0000"}]}\n',
+            [{"messages": [{"role": "user", "content": "\0"}]}],
+        ),
+    ],
+)
+def test_texts_are_read(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_texts(str(tmp_path / name)) == expected
+    assert read_texts(str(tmp_path / name), max_texts=1) == expected[:1]
+
+
+def test_a_column_can_be_named_and_a_parquet_file_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny.Dataset.from_dict({"text": ["a", "b"], "other": ["c", "d"]}).to_parquet(tmp_path / "a.parquet")
+    assert read_texts(str(tmp_path / "a.parquet")) == ["a", "b"]
+    assert read_texts(str(tmp_path / "a.parquet"), column="other") == ["c", "d"]
+    assert read_texts(str(tmp_path)) == ["a", "b"]  # a folder is a dataset
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"good\n\xff\xfe", "is not UTF-8 text: invalid start byte at byte 5"),
+        ("a.txt", b"\0\0\0\0", "is binary"),
+        ("a.txt", None, "a.txt: there is no such file"),
+        ("a.jsonl", None, "there is no such file"),
+        ("a.jsonl", b"", "a.jsonl"),
+        ("a.jsonl", b'{"text": "cut of', "a.jsonl: line 1 is no JSON: Unterminated string starting at$"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": secret}\n', "a.jsonl: line 3 is no JSON: Expecting value$"),
+        ("a.jsonl", b'"a"\n', "a.jsonl: line 1 is no JSON object$"),
+        ("a.parquet", b"PAR1 cut off", "a.parquet"),
+        ("a.jsonl", b'{"words": "one"}\n', r"no column 'text', or 'prompt' and 'completion'.*it has \['words'\]"),
+    ],
+)
+def test_files_that_are_no_texts_are_named(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_texts(str(tmp_path / name))
+
+
+def test_a_dataset_by_name_offline_and_nonsense_counts(tmp_path):
+    with pytest.raises(ValueError, match=r"^some/dataset: [^\n]+$"):
+        read_texts("some/dataset")
+    with pytest.raises(ValueError, match="max_texts must be at least 1"):
+        read_texts(str(tmp_path), max_texts=0)
+
+
 # ---- prompts, as PPO's recipe takes them ----------------------------------------------------------------------------
 
 
@@ -74,7 +137,7 @@ def test_prompts_of_another_column(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("missing.csv", None, "missing.csv.*no such file"), ("missing.txt", None, "missing.txt.*No such file"),
+    ("missing.csv", None, "missing.csv.*no such file"), ("missing.txt", None, "missing.txt.*no such file"),
     ("a.csv", "text,more\nthe cat,1\n", r"a.csv has no column 'prompt'; it has \['text', 'more'\]"),
     ("a.jsonl", '{"text": "the cat"}\n', r"a.jsonl has no column 'prompt'; it has \['text'\]"),
     ("a.jsonl", "", "a.jsonl is empty"), ("a.json", "", "a.json is empty"),

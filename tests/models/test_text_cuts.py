@@ -88,9 +88,9 @@ def test_a_huge_prompt_is_refused_without_its_tokens(seen, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ('{"text": {"a": 1}}\n{"text": {"a": 2}}\n', r"a\.jsonl: row 0: 'text' must be text .*a dict, \{'a': 1\}"),
-        ('{"text": null}\n{"text": 5}\n', r"a\.jsonl: row 1: 'text' must be text or messages, got a int, 5"),
-        ('{"text": "a"}\n{"text": {"a": 2}}\n', r"a\.jsonl: .*row 1"),
+        ('{"text": {"a": 1}}\n{"text": {"a": 2}}\n', r"a\.jsonl: row 1: 'text' must be text .*a dict, \{'a': 1\}"),
+        ('{"text": null}\n{"text": 5}\n', r"a\.jsonl: row 2: 'text' must be text or messages, got a int, 5"),
+        ('{"text": "a"}\n{"text": {"a": 2}}\n', r"a\.jsonl: .*row 2"),
     ],
 )
 def test_a_cell_that_is_no_text_names_its_row(rows, said, tmp_path):
