@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from klft.writing import did_you_mean
@@ -49,10 +49,11 @@ def is_text_file(name: str | os.PathLike) -> bool:
 def check_there(name: str | os.PathLike) -> None:
     """Raise ValueError, with a similar name from its folder, where there is neither a file nor a folder."""
     if not os.path.exists(name):
-        raise ValueError(f"{name}: there is no such file{similar_file(name)}")
+        raise ValueError(f"{name}: there is no such file{similar_name(name)}")
 
 
-def similar_file(name: str | os.PathLike) -> str:
-    """ ". Did you mean ...?" with the file beside it that has the most similar name; "" for none."""
-    folder = Path(name).parent
-    return did_you_mean(str(Path(name)), map(str, folder.iterdir() if os.path.isdir(folder) else ()))
+def similar_name(name: str | os.PathLike, kind: Callable[[Path], bool] = Path.exists) -> str:
+    """ ". Did you mean ...?" with what beside it has the most similar name, and is of this kind; "" for none."""
+    path = Path(name)
+    beside = [each.name for each in path.parent.iterdir() if kind(each)] if os.path.isdir(path.parent) else []
+    return did_you_mean(path.name, beside, lambda found: repr(str(path.parent / found)))

@@ -111,7 +111,7 @@ def diff(
     with one_line_errors():
         _check_names(reference, adapter, texts, dataset)  # all that needs no library, before any is imported
         _check_outputs(output, save, as_json and as_markdown, fail_above)
-        _check_inputs(texts, temperature, turns, dtype)
+        _check_inputs(model, reference, texts, temperature, turns, dtype)
         from klft.diagnostics import write_report
         from klft.diagnostics.comparison import compare, quoting_nothing
         from klft.diagnostics.loading import quiet, read_texts
@@ -139,12 +139,21 @@ def _check_names(reference: str | None, adapter: bool, texts: str | None, datase
         raise ValueError("name the texts to compare on: one of --texts FILE and --dataset NAME")
 
 
-def _check_inputs(texts: str | None, temperature: float, turns: str, dtype: str) -> None:
+def _check_inputs(
+    model: str, reference: str | None, texts: str | None, temperature: float, turns: str, dtype: str
+) -> None:
+    _check_models(model, reference)
     check_temperature(temperature)
     check_choice("turns", turns, TURNS)
     check_choice("dtype", dtype, DTYPES)
     if texts is not None:
         check_there(texts)
+
+
+def _check_models(model: str | None, reference: str | None) -> None:
+    for role, name in (("model", model), ("reference", reference)):
+        if name is not None:
+            check_model_name(name, role)
 
 
 def _check_outputs(page: Path, save: Path | None, both: bool, fail_above: float | None) -> None:
@@ -219,9 +228,7 @@ def doctor(
             raise ValueError("name MODEL too: klft doctor MODEL --reference REF, or klft doctor ADAPTER --adapter")
         if reference and adapter:
             raise ValueError("--adapter compares with the adapter's own base: leave --reference out")
-        for role, name in (("model", model), ("reference", reference)):
-            if name:
-                check_model_name(name, role)  # before what takes seconds to import
+        _check_models(model, reference)
         from klft import doctor
 
         checks = list(doctor.environment())

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from klft.writing import did_you_mean
+from klft.choices import similar_name
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT = 5.0  # seconds in which the hub answers, or is not asked: the libraries would try again for a minute
@@ -58,9 +58,9 @@ def nowhere(name: str, ask: bool = False) -> str:
     if os.path.exists(name) or _in_cache(name):
         return ""
     if _is_path(name):
-        return f"there is no such folder{_similar(name)}"
+        return f"there is no such folder{similar_name(name, Path.is_dir)}"
     if _offline() or (ask and unreachable(name)):
-        return f"{where_to(name)}it is not in its cache, {_cache()}{_similar(name)}"
+        return f"{where_to(name)}it is not in its cache, {_cache()}{similar_name(name, Path.is_dir)}"
     return ""
 
 
@@ -86,10 +86,3 @@ def _cache() -> Path:
 
 def _in_cache(name: str) -> bool:
     return not _is_path(name) and os.path.isdir(_cache() / "--".join(("models", *name.split("/"))))
-
-
-def _similar(name: str) -> str:
-    """The folder beside it with a similar name, as a question."""
-    path = Path(name)
-    beside = [each.name for each in path.parent.iterdir() if each.is_dir()] if os.path.isdir(path.parent) else []
-    return did_you_mean(path.name, beside, lambda found: repr(str(path.parent / found)))

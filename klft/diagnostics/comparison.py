@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
-from klft.choices import TURNS, check_choice, check_suffix, check_temperature, is_text_file, similar_file
+from klft.choices import TURNS, check_choice, check_suffix, check_temperature, is_text_file, similar_name
 from klft.diagnostics.distributions import TINY, Distribution, Tally, moments
 from klft.diagnostics.loading import load_models, read_texts
 from klft.diagnostics.measure import scored_table
@@ -292,7 +292,7 @@ def _texts(given: Any) -> Sequence[Text]:
     if isinstance(given, os.PathLike) or (isinstance(given, str) and is_text_file(given)):
         return read_texts(given)
     if isinstance(given, (str, dict)):
-        kind, near = type(given).__name__, "" if isinstance(given, dict) else similar_file(given)
+        kind, near = type(given).__name__, "" if isinstance(given, dict) else similar_name(given)
         file = "to read a file, name it: there is no such file; else texts" if isinstance(given, str) else "texts"
         raise TypeError(f"{file} must be a list of texts or conversations, got a {kind}, {given!r:.40}{near}")
     return given
