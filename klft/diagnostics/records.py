@@ -51,7 +51,7 @@ class TokenRecord:
 
     step: Int64  # optimizer step
     rank: Int32  # process that scored the token
-    sample_id: Int64  # sequence within the step and process
+    sample_id: Int64  # sequence within the step and process, from 0: the page and errors call number 0 "text 1"
     position: Int32  # column of the token in the caller's [B, T] tensors, so padding and prompt count
     is_prompt: Bool  # given, not generated: shown, but left out of all statistics
     sampled: Bool | None  # from the policy that is scored: only then is the log-ratio an estimate of a KL (k1, k2, k3)

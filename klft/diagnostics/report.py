@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from klft._version import __version__
 from klft.diagnostics.records import SCHEMA, Metadata, read_records
-from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant
+from klft.diagnostics.stats import MUCH_LARGER, QUADRANTS, QUIET_NATS, SEQUENCE, Statistics, quadrant, sequence_name
 from klft.writing import atomic_write, visible
 
 PAGE = Path(__file__).parent / "page"
@@ -267,10 +267,10 @@ def _namer(table: pa.Table, metadata: Metadata) -> Callable[[dict[str, Any]], st
     run = ranks or pc.max(table["step"]).as_py() > 0  # pyright: ignore[reportAttributeAccessIssue]
 
     def name(row: dict[str, Any]) -> str:
-        at = row["sample_id"]
-        if run:
-            return f"step {row['step']}, " + (f"rank {row['rank']}, " if ranks else "") + f"sample {at}"
-        return f"text {at + 1}" + (f", {visible(metadata.places[at])}" if 0 <= at < len(metadata.places) else "")
+        at, place = row["sample_id"], ""
+        if not run and 0 <= at < len(metadata.places):
+            place = f", {visible(metadata.places[at])}"
+        return sequence_name(row, run, ranks) + place
 
     return name
 

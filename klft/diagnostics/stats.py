@@ -417,9 +417,16 @@ def summary_lines(stats: Statistics) -> list[tuple[str, str]]:
     for label, value in (("policy", stats.perplexity), ("reference", stats.ref_perplexity)):
         lines += [(f"Perplexity of the {label}", f"{value:.4f}")] if value is not None else []
     for row in stats.worst_tokens()[:1]:
-        where = f"step {row['step']}, rank {row['rank']}, sequence {row['sample_id']}, position {row['position']}"
+        run = row["rank"] > 0 or any(step["step"] > 0 for step in stats.by_step())
+        where = f"{sequence_name(row, run, ranks=True)}, position {row['position']}"
         lines.append(("Worst token", f'"{visible(row["token"])}", {row["reverse_kl"]:.4g} at {where}'))
     return lines
+
+
+def sequence_name(row: dict[str, Any], run: bool, ranks: bool) -> str:
+    """ "text 24" of given texts, counted from 1 where people read; "step 50, rank 0, sample 23" of a run's columns."""
+    rank = f"rank {row['rank']}, " if ranks else ""
+    return f"step {row['step']}, {rank}sample {row['sample_id']}" if run else f"text {row['sample_id'] + 1}"
 
 
 def _with_error(mean: float, error: float | None) -> str:

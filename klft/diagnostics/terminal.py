@@ -17,8 +17,10 @@ def summary_table(stats: Statistics, title: str = "") -> Table:
 
 
 def worst_table(stats: Statistics, rows: int = 8) -> Table:
-    """The tokens with the largest reverse KL, what stands before them, and sequence:position."""
-    table = Table(title="Largest reverse KL", title_justify="left", box=box.SIMPLE)
+    """The tokens with the largest reverse KL, what stands before them, and text:position; texts count from 1."""
+    table = Table(
+        title="Largest reverse KL; at: text, from 1, and position in it, from 0", title_justify="left", box=box.SIMPLE
+    )
     table.add_column("before it", justify="right", no_wrap=True, max_width=16)
     table.add_column("token", no_wrap=True, min_width=8, max_width=16)
     for name in ("reverse", "forward", "log p", "log q", "at"):
@@ -26,6 +28,6 @@ def worst_table(stats: Statistics, rows: int = 8) -> Table:
     for row in stats.worst_tokens()[:rows]:
         numbers = (row[name] for name in ("reverse_kl", "forward_kl", "logp", "ref_logp"))
         shown = ["\N{EN DASH}" if number is None else f"{number:.3f}" for number in numbers]
-        before, where = visible("".join(row["before"]))[-16:], f"{row['sample_id']}:{row['position']}"
+        before, where = visible("".join(row["before"]))[-16:], f"{row['sample_id'] + 1}:{row['position']}"
         table.add_row(*map(Text, (before, f'"{visible(row["token"])}"', *shown, where)))
     return table

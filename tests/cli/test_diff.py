@@ -58,7 +58,11 @@ def test_eight_lines_and_the_page(klft_, tmp_path):
     full = klft_("diff", *GOOD, "--full")[1]
     assert full.startswith("\n".join(lines))
     assert "99.9 % forward KL" in full
-    assert "Largest reverse KL" in full
+    assert "Largest reverse KL; at: text, from 1, and position in it, from 0" in full
+    worst = json.loads(klft_("diff", *GOOD, "--json")[1])["worst"][0]  # sample_id counts from 0, as in the table
+    where = f"text {worst['sample_id'] + 1}, position {worst['position']}"
+    assert re.search(rf'Worst token +"?.* at {where}\b', full.replace("│", " "))
+    assert re.search(rf" {worst['sample_id'] + 1}:{worst['position']} *\n", full)
 
 
 def test_the_page_says_where_a_text_is_from(klft_, tmp_path):
