@@ -42,6 +42,7 @@ from klft.writing import atomic_write, visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ALONE = 0.2  # share of the KL from which on the headline names the token that carries it
 LARGEST = 0.05  # share of the tokens of which the headline says how much of the KL they carry
 ROW = ("sample_id", "position", "token_id", "token", "reverse_kl", "forward_kl", "logp", "ref_logp")
 IN_NOTEBOOKS: Any = {"sequences": 8, "tokens": 256}
@@ -127,7 +128,10 @@ class Comparison:
 
     @property
     def headline(self) -> str:
-        """What the comparison comes to: how much of the reverse KL the LARGEST of the tokens carry."""
+        """What the comparison comes to: how much of the reverse KL the LARGEST of the tokens carry.
+
+        A token that carries a share of ALONE or more at all its places is named: often the template's, no one's words.
+        """
         values = np.sort(self._values("reverse_kl"))
         values = values[np.isfinite(values)]
         total, largest = values.sum(), max(1, round(LARGEST * len(values)))
@@ -136,6 +140,9 @@ class Comparison:
             return "the models agree on every token"
         if total > 0:
             share = f"{largest / len(values):.0%} of the tokens carry {values[-largest:].sum() / total:.0%} of the KL"
+            (most,) = self.statistics.by_token(1)
+            if most["reverse_share"] >= ALONE:
+                share += f"; '{visible(most['token']):.40}' alone carries {most['reverse_share']:.0%} of it"
             said += f"{'; of the others, ' if said else ''}{share}".replace("%", " %")
         return said
 

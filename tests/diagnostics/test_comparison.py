@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from support import oracles, tiny
-from support.example_report import data_of
+from support.example_report import data_of, table_of
 
 import klft
-from klft.diagnostics import read_records
+from klft.diagnostics import read_records, visible
 
 TEXTS = ["w1 w2 w3 w4 w5", "w6 w7", "w8 w9 w10 w11 w12 w13 w14", "w3 w1"]
 
@@ -99,6 +99,19 @@ def test_the_headline_says_what_the_largest_tokens_carry(models):
     assert comparison.headline == f"5 % of the tokens carry {100 * sum(kls[:5]) / sum(kls):.0f} % of the KL"
     assert next(iter(comparison.summary.values())) == str(comparison).splitlines()[0] == comparison.headline
     assert len(comparison.summary) == len(str(comparison).splitlines()) == 8
+
+
+@pytest.mark.parametrize("token", ["\n", "<id 198>"])
+@pytest.mark.parametrize(("others", "share"), [(17, "41 %"), (48, "20 %"), (49, None)])
+def test_the_headline_names_a_token_that_carries_much_of_the_kl_by_itself(token, others, share):
+    """A chat template's newline, say, which nobody wrote: 1.5 of 1.5 + others / 8 nats."""
+    rows = [{"token_id": 198, "token": token, "reverse_kl": 0.5} for _ in range(3)]
+    rows += [{"token_id": i, "token": f"w{i}", "reverse_kl": 0.125} for i in range(others)]
+    rows += [{"token_id": 5, "token": "w5", "reverse_kl": 9.0, "is_prompt": True}]
+    found = klft.Comparison(*table_of([row | {"forward_kl": 1.0} for row in rows]))
+    named = f"; '{visible(token)}' alone carries {share} of it" if share else ""
+    largest = "5 % of the tokens carry 14 %" if others == 17 else "6 % of the tokens carry 20 %"  # 1 of 20, 3 of 51
+    assert found.headline == f"{largest} of the KL{named}"
 
 
 def test_equal_models_agree_on_every_token():
