@@ -21,13 +21,13 @@ def worst_table(stats: Statistics, rows: int = 8) -> Table:
     table = Table(
         title="Largest reverse KL; at: text, from 1, and position in it, from 0", title_justify="left", box=box.SIMPLE
     )
-    table.add_column("before it", justify="right", no_wrap=True, max_width=16)
-    table.add_column("token", no_wrap=True, min_width=8, max_width=16)
+    table.add_column("before it", justify="right", no_wrap=True, max_width=10)  # in all 80 columns: no digit is cut
+    table.add_column("token", no_wrap=True, min_width=8, max_width=12)
     for name in ("reverse", "forward", "log p", "log q", "at"):
         table.add_column(name, justify="right", no_wrap=True, min_width=7)
     for row in stats.worst_tokens()[:rows]:
         numbers = (row[name] for name in ("reverse_kl", "forward_kl", "logp", "ref_logp"))
         shown = ["\N{EN DASH}" if number is None else f"{number:.3f}" for number in numbers]
-        before, where = visible("".join(row["before"]))[-16:], f"{row['sample_id'] + 1}:{row['position']}"
+        before, where = visible("".join(row["before"]))[-10:], f"{row['sample_id'] + 1}:{row['position']}"
         table.add_row(*map(Text, (before, f'"{visible(row["token"])}"', *shown, where)))
     return table

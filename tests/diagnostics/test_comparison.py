@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from rich.console import Console
 from support import oracles, tiny
 from support.example_report import data_of, table_of
 
 import klft
-from klft.diagnostics import read_records, visible
+from klft.diagnostics import Statistics, read_records, visible
+from klft.diagnostics.terminal import worst_table
 
 TEXTS = ["w1 w2 w3 w4 w5", "w6 w7", "w8 w9 w10 w11 w12 w13 w14", "w3 w1"]
 
@@ -112,6 +114,15 @@ def test_the_headline_names_a_token_that_carries_much_of_the_kl_by_itself(token,
     named = f"; '{visible(token)}' alone carries {share} of it" if share else ""
     largest = "5 % of the tokens carry 14 %" if others == 17 else "6 % of the tokens carry 20 %"  # 1 of 20, 3 of 51
     assert found.headline == f"{largest} of the KL{named}"
+
+
+def test_no_place_of_a_worst_token_is_cut_in_eighty_columns(capsys):
+    rows = [{"sample_id": 1233, "position": 600 + i, "token_id": i, "token": f" word{i}" * 5} for i in range(9)]
+    numbers = {"reverse_kl": 0.5, "forward_kl": 10.25, "logp": -12.5, "ref_logp": -13.5}
+    stats = Statistics.of(*table_of([row | numbers for row in rows]))
+    Console(width=80).print(worst_table(stats))
+    said = [line.split()[-5:] for line in capsys.readouterr().out.splitlines() if "word" in line]
+    assert said == [["0.500", "10.250", "-12.500", "-13.500", f"1234:{600 + i}"] for i in range(8)]
 
 
 def test_equal_models_agree_on_every_token():
