@@ -317,3 +317,14 @@ def test_without_top_lists_nothing_is_said_of_the_likeliest_token(models):
     assert "same_top1" not in found.estimates
     assert "same_top1" not in found.numbers
     assert found.summary["Same top-1"] == "\N{EN DASH} % of the tokens"
+
+
+def test_the_readme_shows_the_lines_that_are_printed(comparison):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (shown,) = re.findall(r"^```text\n(.*?)^```", readme, re.M | re.S)
+    printed = str(comparison).splitlines()
+    assert [line[:17] for line in shown.splitlines()[1:]] == [line[:17] for line in printed[1:]]
+    shape = [
+        re.sub(r"[\d.,%± ]+", "", line[17:].partition(" against ")[0]) for line in (shown + "\n").splitlines()[3:6]
+    ]
+    assert shape == [re.sub(r"[\d.,%± ]+", "", line[17:].partition(" against ")[0]) for line in printed[3:6]]
