@@ -9,15 +9,21 @@ from torch import Tensor
 
 from klft.divergences import reverse_kl
 from klft.penalty.token_kl import TokenKL
+from klft.scores import TokenScores
 from klft.sharding import on_rank
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 256  # positions at which it is looked whether logits belong to their tokens
+FAR = 0.1  # nats per token from which on it is looked whether logits belong to their tokens ...
+LOOKED_AT = 256  # ... at so many positions
 
 
 def check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
-    """Raise ValueError, naming the convention, unless logits are [B, T, V] and the others [B, T]."""
+    """Raise ValueError, naming the convention, unless logits are [B, T, V] and the others [B, T], each in its place."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"KLPenalty.measure: expected logits [B, T, V], got a {type(logits).__name__}: pass its .logits"
+        )
     shape = input_ids.shape
     if input_ids.dim() != 2 or logits.shape[:-1] != shape or attention_mask.shape != shape or mask.shape != shape:
         raise ValueError(
@@ -30,6 +36,17 @@ def check_measured(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, ma
         raise ValueError(
             f"KLPenalty.measure: input_ids has {int(input_ids.min())}: pass the ids, not labels, and say in `mask` "
             "which tokens count"
+        )
+    hidden = input_ids[(mask != 0) & (attention_mask.to(mask.device) == 0)]
+    if len(hidden) and bool((hidden != hidden[0]).any()):  # a mask may be wider than the text: padding never counts
+        raise ValueError(
+            f"KLPenalty.measure: mask counts {len(hidden)} token(s) that attention_mask hides, and they are no "
+            "padding: give attention_mask (1 on the whole text) before mask (True on generated tokens)"
+        )
+    few = logits.detach()[:1, :4].float()
+    if few.shape[-1] > 2 and few.numel() and bool((few >= 0).all() & ((few.sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "KLPenalty.measure: the logits are probabilities (each row sums to 1): give what comes before softmax"
         )
 
 
@@ -46,29 +63,35 @@ def check_rewarded(scores: Any, kl: Any) -> None:
                 "KLPenalty.rewards(scores, kl): scores must be a tensor [B], one number per completion, and kl what "
                 f"measure(...) gave, got a {type(given).__name__} in the place of a {kind.__name__}"
             )
+    wrong = (~scores.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"KLPenalty.rewards: {len(wrong)} score(s) are not finite, first in row {wrong[0]}")
 
 
 def warn_if_shifted(
-    logits: Float[Tensor, "B T V"], ref_logits: Float[Tensor, "B T W"], real: Bool[Tensor, "B T"]
-) -> None:
-    """Warn where the policy's logits at a position look like the reference's one before: the caller has shifted them.
+    logits: Float[Tensor, "B T V"], ref_logits: Float[Tensor, "B T V"], scores: TokenScores, mask: Bool[Tensor, "B T"]
+) -> bool:
+    """Warn, and return True, where the policy's logits look like the reference's one position before: the caller has
+    shifted them. Looks where the models are far apart, and those that are, are as far apart at every other place.
 
-    The reference reads the tokens that it is given. Models that are far apart are as far apart at every other place.
+    Both logits stand under the tokens they predict.
     """
-    row, column = (real & real.roll(1, 1)).nonzero()[:LOOKED_AT].T
-    row, column = row[column > 0], column[column > 0]
-    shared = min(logits.shape[-1], ref_logits.shape[-1])
-    policy = logits.detach()[row, column, :shared]
-    here, before = (
-        float(reverse_kl(policy, ref_logits[row, at, :shared].to(policy)).mean()) for at in (column, column - 1)
-    )
-    if 0.1 < here < torch.inf and before < here / 2:
+    kl = scores.reverse_kl
+    if kl is None or not FAR < float(kl.detach()[mask].mean()) < torch.inf:
+        return False
+    row, column = (mask & mask.roll(1, 1)).nonzero()[:LOOKED_AT].T
+    row, column = row[column > 1], column[column > 1]
+    policy = logits.detach()[row, column]
+    here, before = (float(reverse_kl(policy, ref_logits[row, at].to(policy)).mean()) for at in (column, column - 1))
+    shifted = before < here / 2
+    if shifted:
         logger.warning(
             "KLPenalty.measure: the logits look as if they were shifted already: they are %.2g nats per token from "
             "the reference's at the same positions, and %.2g from those one position before. Give whole sequences, "
             "model(...).logits as it is and input_ids, attention_mask and mask of the same length: the shift is made "
             "in measure", here, before,
         )  # fmt: skip
+    return shifted
 
 
 def nonfinite_message(kl: TokenKL, places: list[list[int]], name: str) -> str:

@@ -119,9 +119,8 @@ class KLPenalty:
         self.placement, self.token_rule = effective_placement(estimator, placement), token_rule
         self._cut = VocabularyCut()
         self._by_column: bool | None = None  # whether the policy's positions count padding; None: not known yet
-        self._losses_called = self._warned_no_loss = self._warned_nonfinite = self._seen_apart = self._seen_placed = (
-            False
-        )
+        self._losses_called = self._warned_no_loss = self._warned_nonfinite = False
+        self._seen_apart = self._warned_shifted = False
 
     @one_line
     def __repr__(self) -> str:
@@ -188,13 +187,11 @@ class KLPenalty:
         if not self._seen_apart and torch.is_grad_enabled() and not logits.is_inference():
             self._seen_apart = True
             warn_if_one_model(logits, ref_logits, attention_mask != 0)
-        if not self._seen_placed:
-            self._seen_placed = True
-            warn_if_shifted(logits, ref_logits, attention_mask != 0)
         shared = min(logits.shape[-1], ref_logits.shape[-1])
         # Rolling by one puts each prediction under its token. The wrapped-around column is masked out.
         logits, ref_logits = (self._cut(z, shared).roll(1, 1) / t for z in (logits, ref_logits))
         scores = score_logits(logits, ref_logits, input_ids)
+        self._warned_shifted = self._warned_shifted or warn_if_shifted(logits, ref_logits, scores, mask)
         if self.divergence is not None:
             scores.divergence = dense_divergence(logits, ref_logits, self.divergence, **self.divergence_kwargs)
         infinite = mask & ~self._exact_of(scores).detach().isfinite()

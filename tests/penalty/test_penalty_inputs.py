@@ -255,7 +255,6 @@ def test_inputs_that_were_shifted_already_are_noticed(grad, same, caplog):
         penalty = KLPenalty(reference)
         penalty.measure(logits, IDS, attention, COMPLETION)
         assert "shifted" not in caplog.text
-        penalty = KLPenalty(reference)
         for _ in range(2):
             penalty.measure(*shifted(logits, IDS, attention, COMPLETION))
     (said,) = [r.getMessage() for r in caplog.records if "shifted" in r.getMessage()]
@@ -287,3 +286,20 @@ def test_rewards_say_what_goes_where():
         with pytest.raises(TypeError, match=r"scores must be a tensor \[B\], one number per completion, .*got a"):
             penalty.rewards(given, kl)
     assert expected.shape == IDS.shape
+
+
+@pytest.mark.usefixtures("_as_users_have_it")
+def test_what_stands_in_anothers_place_is_named():
+    model, reference = models("llama")
+    penalty, output = KLPenalty(reference), model(IDS, attention_mask=ATTENTION)
+    with pytest.raises(TypeError, match=r"logits must be a tensor, got a CausalLMOutputWithPast: pass its \.logits"):
+        penalty.measure(output, IDS, ATTENTION, COMPLETION)
+    with pytest.raises(ValueError, match=r"mask counts 6 token\(s\) that attention_mask hides, and"):
+        penalty.measure(output.logits, IDS, COMPLETION.long(), ATTENTION.bool())
+    with pytest.raises(ValueError, match="the logits are probabilities"):
+        penalty.measure(output.logits.softmax(-1), IDS, ATTENTION, COMPLETION)
+    right = penalty.measure(output.logits, IDS, ATTENTION, COMPLETION)
+    of_logs = penalty.measure(output.logits.log_softmax(-1), IDS, ATTENTION, COMPLETION)
+    torch.testing.assert_close(of_logs.scores.reverse_kl, right.scores.reverse_kl)
+    with pytest.raises(ValueError, match=r"1 score\(s\) are not finite, first in row 1"):
+        penalty.rewards(torch.tensor([1.0, torch.nan]), right)
