@@ -359,7 +359,12 @@ def _histograms(stats: Statistics) -> tuple[dict[str, Any], str]:
 
 
 def _short(value: float | None) -> str:
-    return NONE if value is None else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    """Four digits: 0.1234, 48,810; three before an exponent, as a tile has room for: 4.88e+06."""
+    if value is None:
+        return NONE
+    digits = 4 if 1e-4 <= abs(value) < 1e6 else 3
+    large = 1e4 <= abs(value) < 1e6
+    return f"{float(f'{value:.4g}'):,.0f}" if large else f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _measured(value: float | None, error: float | None) -> str:
@@ -367,7 +372,8 @@ def _measured(value: float | None, error: float | None) -> str:
     if value is None or not error or not math.isfinite(error):
         return _short(value)
     digits = max(0, 1 - math.floor(math.log10(float(f"{error:.2g}"))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    form, of_error = (".3g", ".2g") if digits > 6 else (f".{digits}f", f".{digits}f")
+    return f"{value:{form}} ± {error:{of_error}}".replace("-", "\N{MINUS SIGN}")
 
 
 def _percent(share: float | None) -> str:

@@ -18,7 +18,7 @@ import pytest
 from support.example_report import HOSTILE, data_of, example, synthetic, table_of, write_hostile
 
 from klft.diagnostics import SCHEMA, write_records, write_report
-from klft.diagnostics.report import NULL, _coarse, _measured
+from klft.diagnostics.report import NULL, _coarse, _measured, _short
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
@@ -188,11 +188,23 @@ def test_a_sequence_is_named_by_its_text_or_its_step(tmp_path, rows, places, nam
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (9876.54, "9877"), (48_812.3, "48,810"), (333_333.0, "333,300"), (4.881e6, "4.88e+06"), (math.inf, "inf"),
+        (1.2345e-4, "0.0001234"), (1.2345e-5, "1.23e\N{MINUS SIGN}05"), (0.0, "0"),
+    ],
+)  # fmt: skip
+def test_a_number_is_as_long_as_a_tile_is_wide(value, text):
+    assert _short(value) == text
+
+
+@pytest.mark.parametrize(
     ("value", "error", "text"),
     [
         (0.123456, 0.0123, "0.123 ± 0.012"), (0.123456, 0.0999, "0.12 ± 0.10"), (12.3456, 3.21, "12.3 ± 3.2"),
         (1234.6, 56.7, "1235 ± 57"), (-0.5, 0.1, "\N{MINUS SIGN}0.50 ± 0.10"), (0.5, None, "0.5"), (0.5, 0.0, "0.5"),
-        (None, None, "\N{EN DASH}"), (1e-7, 2.4e-8, "0.000000100 ± 0.000000024"),
+        (None, None, "\N{EN DASH}"), (1e-5, 2.4e-5, "0.000010 ± 0.000024"), (3e-5, 1e-3, "0.0000 ± 0.0010"),
+        (1.234e-7, 2.4e-8, "1.23e\N{MINUS SIGN}07 ± 2.4e\N{MINUS SIGN}08"), (0.0, 1e-9, "0 ± 1e\N{MINUS SIGN}09"),
     ],
 )  # fmt: skip
 def test_a_mean_has_the_digits_that_its_error_allows(value, error, text):

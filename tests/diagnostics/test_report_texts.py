@@ -81,6 +81,9 @@ def test_turns_and_their_sums_are_the_same_where_texts_are_hidden(browser, chat,
     for page in (chat, write_chat(tmp_path, hidden=True)):
         browser.get_report(page)
         found.append(browser.each(".turn", "[e.getAttribute('aria-label'), e.querySelectorAll('.t').length]"))
+    browser.window(400, 1000)
+    assert set(browser.each(".t", "e.getClientRects().length")) == {1}, "an id is not broken over two lines"
+    browser.window(1400, 1000)
     assert found[0] == found[1] == [["Turn 1: given", 9], ["Turn 2: Σ reverse 1.5, Σ forward 3", 9]] * 2
 
 
@@ -138,3 +141,19 @@ def test_charts_tell_the_numbers_under_the_pointer(browser, long, chart, said):
     browser.move(f"#{chart} svg", x, y)
     (text,) = browser.each(f"#{chart} text.hover", "e.textContent")
     assert re.fullmatch(said, text)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_large_and_small_numbers_stand_in_one_line_of_their_tiles(browser, tmp_path, dark):
+    numbers = {"reverse_kl": 2e-7, "forward_kl": 3e-7, "logp": -10.8, "ref_logp": -14.2}
+    rows = [numbers | {"sample_id": i % 3, "reverse_kl": 2e-7 + i * 1e-9} for i in range(30)]
+    page = write_report(table_of(rows), tmp_path / "r.html")
+    for width in (1400, 400):
+        browser.window(width, 1000, dark)
+        browser.get_report(page)
+        lines = "e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight)"
+        found = browser.each(".tile .value", f"[e.textContent, Math.round({lines})]")
+        assert [number for number, high in found if high != 1] == []
+        assert browser.js("return document.documentElement.scrollWidth") == width
+    assert "49,020" in browser.each(".tile .value", "e.textContent")
+    browser.window(1400, 1000)

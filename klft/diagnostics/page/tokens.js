@@ -218,7 +218,7 @@ function drawText(text) {
       for (let at = turn.from; at < turn.to; at++) {
         const index = columns.token[at], prompt = columns.prompt[at];
         const kind = `t${prompt ? " prompt" : number("logp", at) === null ? " unscored" : number("weight", at) === 0 ? " weightless" : ""}`;
-        const text = data.vocabulary[index], word = /^ \S/.test(text) && text.length < 24; // its space is not left behind
+        const text = data.vocabulary[index], word = /^( \S|<id \d+>$)/.test(text) && text.length < 24; // breaks before it
         if (word) turn.block.append(make("wbr"));
         const role = { role: "option", "aria-selected": "false", tabindex: at === current ? 0 : -1 };
         turn.block.append((elements[at] = make("span", { class: word ? `${kind} word` : kind, ...role, "data-at": at }, ...shown(index))));
