@@ -295,6 +295,8 @@ def fits(value: Any, hint: Any) -> bool:
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_name(argument) for argument in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list ([a, b])"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, str(hint))
 

@@ -84,7 +84,9 @@ def diff(
     turns: Annotated[str, typer.Option(help="Assistant turns of a chat to score: last or all.")] = "last",
     output: Page = Path("diff.html"),
     sequences: Sequences = 200,
-    save: Annotated[Path | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md).")] = None,
+    save: Annotated[
+        list[Path] | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md); several times.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, and nothing else, on stdout.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary, and nothing else, on stdout.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All percentiles, and the tokens with the largest KL.")] = False,
@@ -110,7 +112,7 @@ def diff(
     """
     with one_line_errors():
         _check_names(reference, adapter, texts, dataset)  # all that needs no library, before any is imported
-        _check_outputs(output, save, as_json and as_markdown, fail_above)
+        _check_outputs(output, save or [], as_json and as_markdown, fail_above)
         _check_inputs(model, reference, texts, temperature, turns, dtype)
         from klft.diagnostics import write_report
         from klft.diagnostics.comparison import compare, quoting_nothing
@@ -125,8 +127,8 @@ def diff(
             ref_revision=ref_revision, hide_text=hide_text, track=_with_progress,
         )  # fmt: skip
     write_report((comparison.table, comparison.metadata), output, sequences=sequences)  # before anything is printed
-    if save:
-        comparison.save(save)
+    for path in save or []:
+        comparison.save(path)
     _print(comparison, as_json, as_markdown, full)
     _written(output, opened, sys.stderr if as_json or as_markdown else sys.stdout)
     _check_limit(comparison.mean_reverse_kl, fail_above)
@@ -148,6 +150,8 @@ def _check_inputs(
     check_choice("dtype", dtype, DTYPES)
     if texts is not None:
         check_there(texts)
+        if os.path.isdir(texts):
+            raise ValueError(f"--texts {texts} is a folder: name a file in it, or say --dataset {texts}")
 
 
 def _check_models(model: str | None, reference: str | None) -> None:
@@ -156,12 +160,12 @@ def _check_models(model: str | None, reference: str | None) -> None:
             check_model_name(name, role)
 
 
-def _check_outputs(page: Path, save: Path | None, both: bool, fail_above: float | None) -> None:
+def _check_outputs(page: Path, save: list[Path], both: bool, fail_above: float | None) -> None:
     if both:
         raise ValueError("--json and --markdown both want stdout to themselves: have the other by --save FILE")
     if fail_above is not None and not 0 <= fail_above < math.inf:
         raise ValueError(f"--fail-above must be a finite number of nats, 0 or more, got {fail_above}")
-    for path in filter(None, (page, save and check_suffix(save))):
+    for path in (page, *map(check_suffix, save)):
         check_writable(path)
 
 

@@ -231,7 +231,8 @@ def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> 
     check_own_with(args, own)
     check_output_dir(args)
     if own.smoke:
-        args.max_steps, args.total_episodes = 2 * args.steps_per_rollout, None
+        if not any(part.startswith(("--max_steps", "--total_episodes", "--num_train_epochs")) for part in sys.argv):
+            args.max_steps, args.total_episodes = 2 * args.steps_per_rollout, None
         args.max_completion_length = min(args.max_completion_length, 16)
         with args.main_process_first(desc="the smoke's model, prompts and reward"):
             make_smoke(own, model_args, args, Path(str(args.output_dir)) / "smoke")

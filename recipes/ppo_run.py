@@ -88,7 +88,8 @@ def train(
     args = trainer.args
     group_charts(trainer)
     if trainer.eval_dataset:
-        console_of(trainer).print(f"measuring {len(trainer.eval_dataset)} held-out prompts before training")
+        held_out = f"measuring {len(trainer.eval_dataset)} held-out prompts before training, and once more after it"
+        console_of(trainer).print(held_out)
     before = trainer.evaluate() if trainer.eval_dataset else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     send_page(trainer)

@@ -48,7 +48,7 @@ OUTSIDE = {
     6: TRAINING,
 }
 INSIDE_FUNCTIONS_BELOW_6 = {"transformers", "peft", "accelerate", "trl"}
-BUDGET = 12_250  # lines of code in klft/: what is added must be worth its share
+BUDGET = 12_300  # lines of code in klft/: what is added must be worth its share
 BRIDGES = {  # who writes the tables of diagnostics; loaded only when they are asked for
     "klft/ppo/tokens.py": "diagnostics",
     "klft/integrations/tokens.py": "diagnostics",

@@ -144,6 +144,8 @@ def read_texts(
         raise ValueError(f"max_texts must be at least 1, got {max_texts}")
     path = Path(name)
     lines = _has_lines(path, name)
+    if lines and column:
+        raise ValueError(f"{name} has lines and no columns: leave out column {column!r}")
     if lines:
         texts: list[Any] = _lines(path)[:max_texts]
     else:

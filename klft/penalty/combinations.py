@@ -68,7 +68,7 @@ def warn_of(direction: str, estimator: str, placement: str, divergence: str | No
         ("forward", "k1"): "its expected gradient is not that of the forward KL",
         ("forward", "k3"): "its expected gradient is not that of the forward KL",
     }.get((direction, estimator))
-    way_out = "Use estimator='k1' (reverse) in the reward, or estimator='exact' with placement='both' (on given texts: 'loss')"
+    way_out = "Use estimator='k1' (reverse) in the reward, or 'exact' with placement='both' (given texts: 'loss')"
     if estimator == "exact":
         wrong = f"alone it has the wrong gradient, since a token's own exact {divergence or 'KL'} does not depend on it"
         way_out = "klft adds the differentiable loss that belongs to it; say placement='both' to mean that"

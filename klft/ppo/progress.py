@@ -32,11 +32,13 @@ class RolloutProgress(ProgressCallback):
             super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             size, steps = args.episodes_per_rollout, args.steps_per_rollout
-            left = -(-(state.max_steps - state.global_step) // steps)
+            left, used = -(-(state.max_steps - state.global_step) // steps), state.max_steps % steps
             every, end = state.logging_steps, ", and at the end"
             lines = {"no": "none is logged (logging_strategy: no)", "epoch": f"a line per pass over the prompts{end}"}
             lines["steps"] = "a line per rollout" if every <= steps else f"a line every {every} steps{end}"
             said = f"{left} rollout(s) of {size} completions to train on, {steps} step(s) each"
+            said += f", of the last one {used}" * bool(used)
+            said += "; first a check on three short rows (self_test)" * args.self_test
             self._say(f"{said}; {lines[args.logging_strategy]}")
             self.trainer.ppo.phases.entered = self._show_phase
 

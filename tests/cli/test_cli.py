@@ -68,7 +68,7 @@ def test_the_file_gives_defaults_and_the_command_line_wins(tmp_path):
         ("kl_coef: abc\n", r":1: kl_coef must be a number, got 'abc'"),
         ("quiet: 1\n", r":1: quiet must be true or false, got 1"),
         ("name: [a]\n", r":1: name must be text or null"),
-        ("weights: 1.0\n", r":1: weights must be list\[float\] or null"),
+        ("weights: 1.0\n", r":1: weights must be a list \(\[a, b\]\) or null"),
         ("steps: 1\n  bad: 2\n", r":2: mapping values are not allowed here"),
         ("steps: !!python/object/apply:os.system ['touch owned']\n", r":1: could not determine a constructor"),
         ("", "is empty"),
@@ -359,7 +359,7 @@ def test_hostile_texts_stay_inside_the_page_and_the_terminal(klft, tmp_path):
     assert code == 0
     assert "\x1b" not in out
     assert "\u202e" not in out
-    assert "\\x1b[31mred" in out
+    assert "\\x1b[31m" in out  # the column is cut after it
     assert "[/INST]" in out
     assert "<script>alert" not in page.read_text()
 

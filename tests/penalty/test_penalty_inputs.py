@@ -292,7 +292,7 @@ def test_rewards_say_what_goes_where():
 def test_what_stands_in_anothers_place_is_named():
     model, reference = models("llama")
     penalty, output = KLPenalty(reference), model(IDS, attention_mask=ATTENTION)
-    with pytest.raises(TypeError, match=r"logits must be a tensor, got a CausalLMOutputWithPast: pass its \.logits"):
+    with pytest.raises(TypeError, match=r"logits \[B, T, V\], got a CausalLMOutputWithPast: pass its \.logits"):
         penalty.measure(output, IDS, ATTENTION, COMPLETION)
     with pytest.raises(ValueError, match=r"mask counts 6 token\(s\) that attention_mask hides, and"):
         penalty.measure(output.logits, IDS, COMPLETION.long(), ATTENTION.bool())
