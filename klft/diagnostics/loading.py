@@ -249,6 +249,18 @@ def _wrong_line(path: Path) -> str:
     return ""
 
 
+@contextmanager
+def _without_log_of_datasets():
+    """Inside, the library does not log what it raises too."""
+    log = logging.getLogger("datasets")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
     """A datasets.Dataset. Of a local file nothing stays in a cache."""
     from datasets import Dataset, load_dataset
@@ -260,7 +272,7 @@ def _rows(path: Path, name: str, split: str, config: str | None = None) -> Any:
                 return load_dataset(name, config, split=split)
         if suffix == ".csv":
             return _csv(path)
-        with TemporaryDirectory() as cache:
+        with TemporaryDirectory() as cache, _without_log_of_datasets():
             plain = Path(cache) / f"texts{suffix}"  # a name with * or [ in it would be taken for a pattern
             try:
                 plain.symlink_to(path.resolve())

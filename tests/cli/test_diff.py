@@ -96,6 +96,27 @@ def test_markdown_is_all_there_is_on_stdout(klft_, tmp_path):
     assert "| 99.9 % reverse KL |" in klft_("diff", *GOOD, "--markdown", "--full")[1]
 
 
+def test_several_files_are_saved(klft_, tmp_path):
+    saved = [tmp_path / name for name in ("numbers.json", "summary.md", "tokens.parquet")]
+    code, _, _ = klft_("diff", *GOOD, *(part for path in saved for part in ("--save", path)))
+    assert code == 0
+    assert [path.stat().st_size > 100 for path in saved] == [True] * 3
+
+
+def test_texts_that_are_no_file_of_texts(saved, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"text": \n')
+    for given, said in {
+        ("--texts", "."): "error: --texts . is a folder: name a file in it, or say --dataset .",
+        ("--texts", "texts.txt", "--column", "text"): "error: texts.txt has lines and no columns: leave out column 'te",
+        ("--texts", str(tmp_path / "broken.jsonl")): f"error: {tmp_path}/broken.jsonl: line 2 is no JSON",
+    }.items():
+        command = [sys.executable, "-m", "klft", "diff", "policy", "reference", *given]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=saved, env=environment(), timeout=120)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, "nothing of the library that reads it"
+        assert done.stderr.startswith(said)
+
+
 def test_saved_tokens_are_a_table_that_report_reads(klft_, tmp_path):
     code, _, _ = klft_("diff", *GOOD, "--save", tmp_path / "tokens.parquet", "--sequences", 1)
     table, metadata = read_records(tmp_path / "tokens.parquet")

@@ -52,6 +52,15 @@ def test_a_line_per_rollout_without_a_bar(direction, terminal, tmp_path, capsys,
     }
 
 
+def test_the_first_line_says_what_is_done_first_and_how_much_of_the_last_rollout_is_used(tmp_path, capsys):
+    trained(tmp_path, max_steps=3, self_test=True)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "2 rollout(s) of 4 completions to train on, 2 step(s) each, of the last one 1; "
+        "first a check on three short rows (self_test); a line per rollout"
+    )
+
+
 def test_a_bar_on_a_terminal_names_the_phase_and_leaves_none_of_the_evaluation(tmp_path, capsys, monkeypatch):
     on_terminal(monkeypatch)
     given = {"eval_dataset": tiny.prompts(8)}

@@ -248,6 +248,12 @@ def test_a_smoke_run_needs_nothing(run, world, tmp_path, monkeypatch):
     assert diff(last_command(said), monkeypatch, world) in (0, None)
 
 
+def test_a_smoke_run_takes_the_steps_that_are_asked_for(run, tmp_path):
+    out = tmp_path / "out"
+    run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), "--smoke", "--max_steps", "3", "--output_dir", str(out)])
+    assert max(log["step"] for log in lines_of(out / "log.jsonl")) == 3
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_policy(world, tmp_path):
     out = tmp_path / "out"
