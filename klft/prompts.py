@@ -305,8 +305,9 @@ def encode_texts(
     TEMPLATE_COLUMNS, over `template`.
 
     `turns`: what counts of a conversation, "last": its completion; "all": every turn of the assistant's that something
-    stands before, each as it would count were it the last. Raises ValueError where nothing is left, naming why, and for
-    turns="all" where the chat template writes an earlier turn otherwise than the last one.
+    stands before, each as it would count were it the last; what follows the last of them is left out. Raises ValueError
+    where nothing is left, naming why, and for turns="all" where the chat template writes an earlier turn otherwise than
+    the last one.
     """
     check_choice("turns", turns, TURNS)
     if max_length < 2:
@@ -319,7 +320,8 @@ def encode_texts(
         if isinstance(text, tuple):
             ids, prompt = text
         else:
-            ids, prompt, chat = _encode(tokenizer, text, name, template, max_length)
+            asked = _until_assistant(text) if turns == "all" else text
+            ids, prompt, chat = _encode(tokenizer, asked, name, template, max_length)
         if min(ids, default=0) < 0:
             raise ValueError(f"{name}: ids are 0 or more, got {min(ids)}: drop or mask labels of -100")
         kept = list(ids)[:max_length]
@@ -344,6 +346,18 @@ def encode_texts(
     if cut:
         logger.warning("%d of %d texts are cut to their first %d tokens", cut, len(texts), max_length)
     return encoded
+
+
+def _until_assistant(text: Any) -> Any:
+    """A conversation without what follows the assistant's last turn, which no token before it depends on."""
+    messages = text.get("messages") if isinstance(text, dict) else text
+    if not isinstance(messages, list):
+        return text
+    said = [
+        place for place, each in enumerate(messages, 1) if isinstance(each, dict) and each.get("role") == "assistant"
+    ]
+    kept = messages[: said[-1]] if said else messages
+    return text | {"messages": kept} if isinstance(text, dict) else kept
 
 
 class _Chat(NamedTuple):

@@ -60,6 +60,16 @@ def test_what_the_user_said_counts_in_no_number(models):
     assert comparison.estimates["reverse_kl"].value == pytest.approx(sum(kl) / len(kl))
 
 
+@pytest.mark.parametrize("shape", [list, lambda messages: {"messages": list(messages)}])
+def test_a_conversation_that_ends_with_the_user_has_the_turns_before(models, shape):
+    asked = [*LONG, {"role": "user", "content": "w1 w2"}, {"role": "tool", "content": "w3"}]
+    assert counted(compare(models, [shape(asked)], turns="all")) == counted(compare(models, [LONG], turns="all"))
+    with pytest.raises(ValueError, match=r"text 1: the last message is not the assistant's \(got 'tool'\)"):
+        compare(models, [shape(asked)])
+    with pytest.raises(ValueError, match=r"text 1: the last message is not the assistant's \(got 'user'\)"):
+        compare(models, [shape(LONG[:1])], turns="all")
+
+
 @pytest.mark.parametrize(("turns", "number"), [("last", 2), ("all", 4)])
 def test_how_many_of_how_many_are_said(models, turns, number):
     comparison = compare(models, [LONG, "w1 w2", SHORT], turns=turns)
