@@ -47,9 +47,11 @@ def is_text_file(name: str | os.PathLike) -> bool:
 
 
 def check_there(name: str | os.PathLike) -> None:
-    """Raise ValueError, with a similar name from its folder, where there is neither a file nor a folder."""
+    """Raise ValueError for an empty file, and, with a similar name, where there is neither a file nor a folder."""
     if not os.path.exists(name):
         raise ValueError(f"{name}: there is no such file{similar_name(name)}")
+    if os.path.isfile(name) and not os.path.getsize(name):
+        raise ValueError(f"{name} is empty: there is no text in it")
 
 
 def similar_name(name: str | os.PathLike, kind: Callable[[Path], bool] = Path.exists) -> str:

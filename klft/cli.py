@@ -84,9 +84,7 @@ def diff(
     turns: Annotated[str, typer.Option(help="Assistant turns of a chat to score: last or all.")] = "last",
     output: Page = Path("diff.html"),
     sequences: Sequences = 200,
-    save: Annotated[
-        list[Path] | None, typer.Option(help="Tokens (.parquet), numbers (.json) or summary (.md); several times.")
-    ] = None,
+    save: Annotated[list[Path] | None, typer.Option(help=".parquet (tokens), .json, .md; or several of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, and nothing else, on stdout.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The summary, and nothing else, on stdout.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All percentiles, and the tokens with the largest KL.")] = False,
@@ -129,6 +127,8 @@ def diff(
     write_report((comparison.table, comparison.metadata), output, sequences=sequences)  # before anything is printed
     for path in save or []:
         comparison.save(path)
+    if turns == "all" and comparison.turns is None:
+        print("--turns all did nothing: none of the texts is a conversation", file=sys.stderr)
     _print(comparison, as_json, as_markdown, full)
     _written(output, opened, sys.stderr if as_json or as_markdown else sys.stdout)
     _check_limit(comparison.mean_reverse_kl, fail_above)

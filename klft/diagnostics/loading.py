@@ -153,7 +153,10 @@ def read_texts(
         columns = next((each for each in choices if set(each) <= set(rows.column_names)), None)
         if columns is None:
             wanted = ", or ".join(" and ".join(map(repr, each)) for each in choices)
-            raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. Name one with `column`")
+            way_out = "Name one with `column`"
+            if "conversations" in rows.column_names:
+                way_out = "Conversations of `from` and `value` (ShareGPT) have to be messages of `role` and `content`"
+            raise ValueError(f"{name} has no column {wanted}; it has {rows.column_names}. {way_out}")
         more = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
         rows = rows.select_columns([*columns, *more]).select(range(min(max_texts or len(rows), len(rows))))
         texts = list(rows)

@@ -104,10 +104,14 @@ def test_several_files_are_saved(klft_, tmp_path):
 
 
 def test_texts_that_are_no_file_of_texts(saved, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "share.jsonl").write_text('{"conversations": [{"from": "human", "value": "w1"}]}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"text": \n')
     for given, said in {
         ("--texts", "."): "error: --texts . is a folder: name a file in it, or say --dataset .",
         ("--texts", "texts.txt", "--column", "text"): "error: texts.txt has lines and no columns: leave out column 'te",
+        ("--texts", str(tmp_path / "empty.jsonl")): f"error: {tmp_path}/empty.jsonl is empty: there is no text in it",
+        ("--texts", str(tmp_path / "share.jsonl")): f"error: {tmp_path}/share.jsonl has no column 'text', or",
         ("--texts", str(tmp_path / "broken.jsonl")): f"error: {tmp_path}/broken.jsonl: line 2 is no JSON",
     }.items():
         command = [sys.executable, "-m", "klft", "diff", "policy", "reference", *given]
@@ -115,6 +119,12 @@ def test_texts_that_are_no_file_of_texts(saved, tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1, "nothing of the library that reads it"
         assert done.stderr.startswith(said)
+
+
+def test_turns_of_texts_that_are_no_conversations(klft_):
+    code, _, err = klft_("diff", *GOOD, "--turns", "all")
+    assert code == 0
+    assert err.splitlines()[-1] == "--turns all did nothing: none of the texts is a conversation"
 
 
 def test_saved_tokens_are_a_table_that_report_reads(klft_, tmp_path):
