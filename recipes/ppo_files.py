@@ -155,9 +155,10 @@ def card(
     rows = "\n".join(f"| {key} | {value} |".replace("\n", " ") for key, value in described.items())
     results = "No prompts were held out, so nothing was measured before and after."
     if before and after:
+        count = int(described["held out"])
         results = (
-            f"On {described['held out']} held-out prompts, sampled:\n\n| | before | after |\n|---|---|---|\n"
-            f"| mean score | {mean_score(before)} | {mean_score(after)} |\n"
+            f"On {count} held-out prompts, sampled:\n\n| | before | after |\n|---|---|---|\n"
+            f"| mean score | {mean_score(before, count)} | {mean_score(after, count)} |\n"
             f"| exact reverse KL to the reference, nats per sequence "
             f"| {two_digits(before[KL])} | {two_digits(after[KL])} |"
         )

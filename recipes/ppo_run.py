@@ -241,9 +241,11 @@ def kl_table(history: list[dict]) -> Table:
     return table
 
 
-def mean_score(metrics: dict[str, float]) -> str:
-    """The mean score of an evaluation; nan where no completion was judged."""
-    return two_digits(metrics.get(SCORE, math.nan))
+def mean_score(metrics: dict[str, float], count: int) -> str:
+    """The mean score of an evaluation on `count` prompts, +- its standard error; nan where none was judged."""
+    deviation = metrics.get(SCORE.replace("mean", "std"))  # over all, not a sample's
+    error = f" ± {two_digits(deviation / math.sqrt(count - 1))}" if deviation is not None and count > 1 else ""
+    return f"{two_digits(metrics.get(SCORE, math.nan))}{error}"
 
 
 def same_score(history: list[dict]) -> str | None:
@@ -268,9 +270,10 @@ def print_results(
     if samples:
         console.print(samples_table(samples))
     if before and after:
+        count = len(trainer.eval_dataset)
         console.print(
-            f"On {len(trainer.eval_dataset)} held-out prompts the mean score went from {mean_score(before)} to "
-            f"{mean_score(after)},\n"
+            f"On {count} held-out prompts the mean score went from {mean_score(before, count)} to "
+            f"{mean_score(after, count)},\n"
             f"at an exact reverse KL of {two_digits(after[KL])} nats per sequence."
         )
     if problem := same_score(history):

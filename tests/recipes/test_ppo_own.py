@@ -1,8 +1,10 @@
 """recipes/ppo.py: from a saved model, prompts in a file and rewards by name to a policy and the next command."""
 
 import json
+import re
 import runpy
 import shlex
+import statistics
 import sys
 
 import pytest
@@ -166,7 +168,7 @@ def test_texts_and_two_rewards(run, world, tmp_path, monkeypatch, capsys):
     again = f"python recipes/ppo.py --config {out}/run.yaml --output_dir ANOTHER"
     assert again in (out / "run.yaml").read_text()
     for part in (
-        f"| {two_digits(score)} |",
+        f"| {two_digits(score)} ± ",
         f"| {two_digits(kl)} |",
         *course,
         again,
@@ -244,7 +246,7 @@ def test_a_smoke_run_needs_nothing(run, world, tmp_path, monkeypatch):
     out = tmp_path / "out"
     given = ["--smoke", "--output_dir", str(out), "--disable_tqdm", "true", "--use_cpu", "true"]
     said = run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), *given])
-    assert "On 8 held-out prompts" in said
+    assert re.search(r"On 8 held-out prompts the mean score went from \S+ ± \S+ to \S+ ± \S+,$", said, re.M)
     assert diff(last_command(said), monkeypatch, world) in (0, None)
 
 
@@ -272,7 +274,7 @@ def test_two_processes_train_one_policy(world, tmp_path):
 REFUSED = [
     ({"reward": None}, "needs --reward (module:function, file.py:function or a reward model). --smoke runs"),
     ({"prompts": "no.jsonl"}, "--prompts no.jsonl: there is no such file"),
-    ({"prompts": "empty.txt"}, "--prompts empty.txt --prompt_column question: empty.txt has no column 'question'"),
+    ({"prompts": "empty.txt"}, "--prompts empty.txt --prompt_column question: empty.txt is empty"),
     ({"prompts": "broken.jsonl"}, "--prompts broken.jsonl --prompt_column question: broken.jsonl: "),
     ({"prompt_column": "questoin"}, "it has ['question', 'answer']. Did you mean 'question'?"),
     ({"prompt_column": "prompt"}, "it has ['question', 'answer']: name it with --prompt_column"),
@@ -375,3 +377,14 @@ def test_prompts_held_out_are_not_trained_on(copies, share, rollout, held, monke
     assert alone.isdisjoint(train["prompt"])
     assert len(train) == copies * (distinct - held) >= rollout
     assert alone | set(train["prompt"]) == set(prompts)
+
+
+def test_a_mean_score_has_its_standard_error(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from ppo_run import mean_score
+
+    scores = [0.0, 1.0, 3.0, 4.0]
+    metrics = {"eval_reward/score/mean": 2.0, "eval_reward/score/std": statistics.pstdev(scores)}
+    assert mean_score(metrics, 4) == f"2.0 ± {statistics.stdev(scores) / 2:.2g}"
+    assert mean_score(metrics, 1) == "2.0"
+    assert mean_score({}, 4) == "nan"
