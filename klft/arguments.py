@@ -142,11 +142,16 @@ def check_positive(settings: object, zero: Sequence[str] = ()) -> None:
 
 def check_options(given: list[str], fields: dict[str, Any]) -> set[str]:
     """The fields that the command line names. Raises ValueError, with a similar name, for what is none."""
-    named = {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
+    named = named_options(given)
     for name in sorted(named - fields.keys() - {"config", "help", "help_all"}):
         if name.removeprefix("no_") not in fields:  # argparse has a --no_ for each switch that is on
             raise ValueError(f"unknown option --{name}{_similar(name, [*fields, 'config'], '--{}'.format)}")
     return named
+
+
+def named_options(given: Sequence[str]) -> set[str]:
+    """The options that a command line names, as fields are called."""
+    return {part[2:].partition("=")[0].replace("-", "_") for part in given if part.startswith("--") and part != "--"}
 
 
 def _similar(name: str, fields: Collection[str], shown: Callable[[str], str]) -> str:

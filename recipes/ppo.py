@@ -35,7 +35,7 @@ from ppo_options import (
 )
 from reward_functions import is_function, load_function
 
-from klft.arguments import one_line_errors, parse_arguments
+from klft.arguments import SAME, named_options, one_line_errors, parse_arguments
 from klft.exits import exit_codes
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ REQUIRED = {
     "prompts": "a .jsonl, .csv, .parquet or .txt file, or a dataset's name",
     "reward": "module:function, file.py:function or a reward model",
 }
+LENGTHS = next(group for group in SAME if "max_steps" in group)  # options that say how long a run is
 UNUSED = {*QUANTISATION, "model_init_kwargs"}
 FEWEST, MOST = 8, 256  # prompts held out
 
@@ -231,7 +232,7 @@ def prepare(own: OwnArguments, args: "PPOConfig", model_args: "ModelConfig") -> 
     check_own_with(args, own)
     check_output_dir(args)
     if own.smoke:
-        if not any(part.startswith(("--max_steps", "--total_episodes", "--num_train_epochs")) for part in sys.argv):
+        if named_options(sys.argv[1:]).isdisjoint(LENGTHS):
             args.max_steps, args.total_episodes = 2 * args.steps_per_rollout, None
         args.max_completion_length = min(args.max_completion_length, 16)
         with args.main_process_first(desc="the smoke's model, prompts and reward"):

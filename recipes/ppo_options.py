@@ -21,10 +21,10 @@ import yaml
 from reward_functions import is_function, load_function
 
 from klft.arguments import LARGEST_YAML, check_options, check_yaml, command_line, hints, replaced
+from klft.choices import is_text_file, similar_name
 from klft.hub import check_model_name
 from klft.writing import did_you_mean
 
-FILES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # Types as the classes below declare them, of which a text can be read at once.
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
 QUANTISATION = {
@@ -146,8 +146,8 @@ def check_files() -> None:
     """Raise ValueError for a file or model that is not there, or lacks the column; ImportError for no reward."""
     options = given_options()
     for name in map(str, options.get("prompts", [])):
-        if Path(name).suffix.lower() in FILES and not Path(name).is_file():
-            raise ValueError(f"--prompts {name}: there is no such file")
+        if is_text_file(name) and not Path(name).is_file():
+            raise ValueError(f"--prompts {name}: there is no such file{similar_name(name)}")
         check_column(name, str((options.get("prompt_column") or ["prompt"])[0]))
     for name in map(str, options.get("model_name_or_path", [])):
         check_model_name(name, "--model_name_or_path")

@@ -176,11 +176,8 @@ def continued_by_both(trainer: Any, count: int) -> list[dict[str, Any]]:
     """
     args = trainer.args
     dataset = trainer.eval_dataset or trainer.train_dataset
-    count, rank, processes = (
-        min(count, len(dataset)),
-        args.process_index // args.tp_size,
-        args.world_size // args.tp_size,
-    )
+    count = min(count, len(dataset))
+    rank, processes = args.process_index // args.tp_size, args.world_size // args.tp_size
     # As many for each process, since a sharded reward model computes on all of them at once: the first ones repeat.
     mine = [i % count for i in range(rank, -(-count // processes) * processes, processes)]
     rows = [dataset[i] for i in mine]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from klft.choices import similar_name
 from klft.writing import did_you_mean
 
 
@@ -43,7 +44,7 @@ def load_function(reward: str) -> Any:
 def _run_file(path: Path) -> Any:
     """The module of a file, which need not be on sys.path; what lies beside it can be imported from it."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}{similar_name(path)}")
     if str(path.parent.resolve()) not in sys.path:
         sys.path.append(str(path.parent.resolve()))
     name = f"reward_file_{path.stem}"  # a file json.py is not to stand in for another module

@@ -250,9 +250,10 @@ def test_a_smoke_run_needs_nothing(run, world, tmp_path, monkeypatch):
     assert diff(last_command(said), monkeypatch, world) in (0, None)
 
 
-def test_a_smoke_run_takes_the_steps_that_are_asked_for(run, tmp_path):
+@pytest.mark.parametrize("option", ["--max_steps", "--max-steps"])
+def test_a_smoke_run_takes_the_steps_that_are_asked_for(option, run, tmp_path):
     out = tmp_path / "out"
-    run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), "--smoke", "--max_steps", "3", "--output_dir", str(out)])
+    run.with_arguments(["--config", str(RECIPES / "ppo.yaml"), "--smoke", option, "3", "--output_dir", str(out)])
     assert max(log["step"] for log in lines_of(out / "log.jsonl")) == 3
 
 
@@ -274,6 +275,8 @@ def test_two_processes_train_one_policy(world, tmp_path):
 REFUSED = [
     ({"reward": None}, "needs --reward (module:function, file.py:function or a reward model). --smoke runs"),
     ({"prompts": "no.jsonl"}, "--prompts no.jsonl: there is no such file"),
+    ({"prompts": "text.jsonl"}, "--prompts text.jsonl: there is no such file. Did you mean 'texts.jsonl'?"),
+    ({"reward": ["judge_of_word.py:w5"]}, "there is no file judge_of_word.py. Did you mean 'judge_of_words.py'?"),
     ({"prompts": "empty.txt"}, "--prompts empty.txt --prompt_column question: empty.txt is empty"),
     ({"prompts": "broken.jsonl"}, "--prompts broken.jsonl --prompt_column question: broken.jsonl: "),
     ({"prompt_column": "questoin"}, "it has ['question', 'answer']. Did you mean 'question'?"),
